@@ -1,0 +1,200 @@
+"""The contract of a broker driver: all that a driver's author reads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import msgspec
+
+from sidecar.event import Durability, Event, Outcome, Position
+
+if TYPE_CHECKING:
+    import asyncio
+
+
+class Capabilities(msgspec.Struct, frozen=True):
+    """What a driver promises; the conformance suite holds it to each."""
+
+    durability: Durability
+    """The best a receipt of this broker can name."""
+    positions: bool
+    """Receipts and deliveries say where the event is."""
+    redelivers: bool
+    """What is not acked comes again, also after the sidecar's end."""
+    deduplicates: bool
+    """The same (source, id) published again within the broker's window gives the same position."""
+    seeks: bool
+    """A subscription can start at, and be moved to, a position or a time."""
+    lag: bool
+    """How many events a subscription has not fetched is known."""
+    dead_letters: bool
+    """Keeps dead letters: an event stored with nobody subscribed is still there later."""
+
+
+class BrokerState(msgspec.Struct, frozen=True):
+    """What a driver says of its connection."""
+
+    connected: bool
+    detail: str
+    """The server, or why there is none."""
+
+
+class Start(msgspec.Struct, frozen=True):
+    """
+    Where a new subscription starts, or an old one is moved to.
+
+    At most one of *time_ns* and *position* is set; with neither, *latest* decides: only what
+    comes from now on, or everything the broker still has.
+    """
+
+    latest: bool = False
+    time_ns: int | None = None
+    position: Position | None = None
+
+
+class Interest(msgspec.Struct, frozen=True):
+    """What a driver needs to know of a subscription."""
+
+    name: str
+    """Durable, and shared by all sidecars that use it."""
+    topic: str
+    """A topic or a pattern."""
+    max_in_flight: int
+    """Events that the sidecar holds at most: never prefetch more."""
+    start: Start = Start()
+
+
+class Incoming(msgspec.Struct, frozen=True):
+    """One event as it came from a broker, with what is needed to answer for it."""
+
+    topic: str
+    handle: Hashable
+    """The driver's own, for ack, release and hold. Good until acked, released or the source ends."""
+    identity: Hashable
+    """Equal for each delivery of the same stored copy, as its sequence; None where there is none."""
+    event: Event | None
+    """None: the bytes are not an event, see *problem*."""
+    position: Position | None = None
+    delivered: int = 1
+    """How often the broker has handed it out, this time included, to whomever."""
+    problem: str = ""
+    raw: bytes = b""
+    """The bytes as they came, when they are not an event."""
+
+
+class Source(ABC):
+    """
+    The feed of one subscription, from one broker to one sidecar.
+
+    Settling verbs are synchronous: they note or write, and never wait. What they could not get to
+    the broker (the connection broke) comes again as a redelivery, or is sent when it is back.
+    """
+
+    @abstractmethod
+    async def fetch(self, limit: int) -> Sequence[Incoming]:
+        """
+        Wait for events; return at least one and at most *limit*, in the broker's order.
+
+        Cancelled, it loses nothing: what had arrived is returned by the next call. While the broker
+        is away it waits. Raises SourceLost when the feed is gone for good (the consumer was
+        deleted), TopicMissing and BrokerRefused when subscribing again will not help either.
+        """
+
+    @abstractmethod
+    def ack(self, handles: Sequence[Hashable]) -> None:
+        """These events are done; the broker need not keep them for this subscription."""
+
+    @abstractmethod
+    def release(self, handles: Sequence[Hashable]) -> None:
+        """Give these back untouched: the broker hands them out again, here or elsewhere, now."""
+
+    @abstractmethod
+    def hold(self, handles: Sequence[Hashable]) -> None:
+        """We still have these: keep them from being handed to others. Called every few seconds."""
+
+    @property
+    def hold_seconds(self) -> float | None:
+        """Call hold for what is still here at this interval; None: not needed."""
+        return None
+
+    @abstractmethod
+    async def lag(self) -> int | None:
+        """Events at the broker that were not fetched by anyone, or None. Raises BrokerUnavailable."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """
+        Stop receiving and flush acks. What was fetched and neither acked nor released comes again.
+
+        Never raises; bounded by two seconds when the broker is away.
+        """
+
+
+class Broker(ABC):
+    """
+    One connection to one broker. Safe to use from many tasks of one event loop.
+
+    Life: made (binds nothing), connect until it succeeds once, then used; the driver reconnects by
+    itself, for ever, and says so through *on_state*. Errors leave it as sidecar.errors, raised from
+    the client library's.
+    """
+
+    type: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+    dead_letter_topic: ClassVar[str] = "dlq.{topic}"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.on_state: Callable[[BrokerState], None] = lambda _state: None
+        """Told of every change of the connection; set by the owner before connect."""
+
+    @abstractmethod
+    async def connect(self) -> None:
+        """
+        Connect, once. Raises BrokerUnavailable when that fails: call again later.
+
+        Raises BrokerRefused when it will fail for ever (credentials, a stream that differs from its
+        declaration); it may be called again all the same.
+        """
+
+    @abstractmethod
+    def publish(
+        self, topic: str, events: Sequence[Event], *, broker_ids: Sequence[str] | None = None
+    ) -> asyncio.Future[Sequence[Outcome]]:
+        """
+        Hand *events* over now, in order; the future has one outcome per event, in that order.
+
+        Submission is synchronous: two calls one after the other are two batches in that order, also
+        over a reconnect. The future never fails because of one bad event, and each receipt's
+        durability has been reached. While the broker is away events wait, so bound them, and cancel
+        the future when their time is up: they are then sent no more, but may have arrived before.
+
+        *broker_ids* replace (source, id) as what the broker tells duplicates by.
+        """
+
+    @abstractmethod
+    async def subscribe(self, interest: Interest) -> Source:
+        """
+        Open the feed of a subscription, making it at the broker if it is new.
+
+        Raises BrokerUnavailable, TopicMissing, NotSupported, BrokerRefused.
+        """
+
+    async def seek(self, interest: Interest, to: Start) -> None:
+        """
+        Move a subscription, for all who share it. Its open sources raise SourceLost from fetch.
+
+        Raises BrokerUnavailable, NotSupported, BrokerRefused.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the connection and every source. Publishes under way fail. Never raises."""
+
+    @property
+    def max_event_bytes(self) -> int | None:
+        """The largest message the broker takes, all of it, when connected and known."""
+        return None
