@@ -1,0 +1,1 @@
+"""Bytes and messages to values and back: protobuf, CloudEvents, errors. No I/O."""
