@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
+import difflib
 import ipaddress
 import os
+import re
 import tempfile
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from sidecar.errors import ConfigInvalid, InvalidTopic
-from sidecar.event import check_pattern, check_topic
+from sidecar.event import check_pattern, check_topic, pattern_matcher
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from pydantic_core import ErrorDetails
 
 ENVIRONMENT_PREFIX = "SIDECAR_"
 MIB = 1024 * 1024
+MAX_SOCKET_PATH_BYTES = 107
+"""What fits into Linux' sockaddr_un, without the closing NUL."""
+
+_Number = TypeVar("_Number", int, float)
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
+
+# -- single values: each function returns what it was given, or raises ValueError with the way out
 
 
 def _name(value: str) -> str:
-    if not value or not all(c.isalnum() or c in "-_" for c in value) or not value.isascii():
-        raise ValueError('use letters, digits, "-" and "_"')
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", value):
+        raise ValueError('is not a name; use letters, digits, "-" and "_"')
     return value
 
 
@@ -51,35 +67,143 @@ def _dead_letter_topic(value: str) -> str:
     return value
 
 
+def split_address(address: str) -> tuple[str, int]:
+    """ "host:port" as a pair; brackets around an IPv6 host are taken off. Raises ValueError."""
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", address)
+    if not found or int(found[3]) > 65535:  # noqa: PLR2004
+        raise ValueError('is not an address; one looks like "127.0.0.1:7400", and "" turns it off')
+    return found[1] or found[2], int(found[3])
+
+
+def is_loopback(address: str) -> bool:
+    host, _ = split_address(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _address(value: str) -> str:
     if value:
         split_address(value)
     return value
 
 
-def _start(value: str) -> str:
-    if value not in {"earliest", "latest"}:
-        try:
-            parsed = datetime.datetime.fromisoformat(value)
-        except ValueError:
-            parsed = None
-        if parsed is None or parsed.tzinfo is None:
-            raise ValueError('use "earliest", "latest" or a time as "2026-01-31T12:00:00Z"')
+def _loopback_address(value: str) -> str:
+    if _address(value) and not is_loopback(value):
+        raise ValueError(
+            f"{value!r} is not a loopback address, and this door has neither TLS nor a token; "
+            "use 127.0.0.1, or the Unix socket"
+        )
     return value
 
 
+def _socket_path(value: str) -> str:
+    size = len(os.fsencode(value))
+    if size > MAX_SOCKET_PATH_BYTES:
+        raise ValueError(
+            f"{value!r} has {size} bytes; a Unix socket's path has at most "
+            f'{MAX_SOCKET_PATH_BYTES}: name a shorter one, as "/run/sidecar/grpc.sock"'
+        )
+    if "\0" in value:
+        raise ValueError("holds a NUL character; name a path")
+    return value
+
+
+def _server(value: str) -> str:
+    try:
+        url = urlsplit(value)
+        complete = url.scheme in {"nats", "tls"} and url.hostname and url.port != 0
+    except ValueError:
+        url, complete = None, False
+    if url is None or not complete or url.path.strip("/"):
+        raise ValueError('is not a server; one looks like "nats://host:4222" or "tls://host:4222"')
+    if "@" in url.netloc:
+        raise ValueError("holds credentials; they belong into user and password, or into token")
+    return value
+
+
+def _start(value: object) -> object:
+    if isinstance(value, dt.date):  # TOML has times of its own
+        value = value.isoformat()
+    if isinstance(value, str) and value not in {"earliest", "latest"}:
+        _moment(value)
+    return value
+
+
+def _moment(value: str) -> dt.datetime:
+    try:
+        moment = dt.datetime.fromisoformat(value)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None or moment < _EPOCH:
+        raise ValueError(
+            'is not a start; use "earliest", "latest" or a time since 1970 with its zone, '
+            'as "2026-01-31T12:00:00Z"'
+        )
+    return moment
+
+
+def _limit(value: int) -> int:
+    if value == 0:  # the server takes 0 for "no limit", and then says -1
+        raise ValueError("must not be 0; use -1 for no limit")
+    return value
+
+
+def _at_least(other: str, value: _Number, info: ValidationInfo) -> _Number:
+    least = info.data.get(other)
+    if least is not None and value < least:
+        raise ValueError(f"{value} is less than {other}; use at least {least}")
+    return value
+
+
+def _read_secret(path: str) -> str:
+    """The secret in a file, without the white space around it. Never part of an error."""
+    try:
+        secret = Path(path).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ValueError(f"cannot read {path!r} ({error.strerror}); name another") from error
+    except UnicodeDecodeError:  # from None: this error holds the file's bytes
+        raise ValueError(f"{path!r} is not text; the secret is to be UTF-8") from None
+    if not secret:
+        raise ValueError(f"{path!r} is empty; it is to hold the secret")
+    return secret
+
+
+_DAY = 86400
 Name = Annotated[str, AfterValidator(_name)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Address = Annotated[str, AfterValidator(_address)]
-Seconds = Annotated[float, Field(gt=0, le=365 * 86400, allow_inf_nan=False)]
+LoopbackAddress = Annotated[str, AfterValidator(_loopback_address)]
+SocketPath = Annotated[str, AfterValidator(_socket_path)]
+Server = Annotated[str, AfterValidator(_server)]
+Seconds = Annotated[float, Field(gt=0, le=365 * _DAY)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Bytes = Annotated[int, Field(ge=1024, le=2**40)]
+Limit = Annotated[int, Field(ge=-1, lt=2**63), AfterValidator(_limit)]
+
+
+# -- the tables
 
 
 class Settings(BaseModel):
-    """A table of the configuration: unknown keys and wrong types are errors, values are frozen."""
+    """
+    A table of the configuration: unknown keys and wrong types are errors, values are frozen.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+    A rule between two keys of a table stands in a validator of the later one: a validator of the
+    whole table would not run, and its problem not be reported, while any key is wrong.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+    )
 
 
 class App(Settings):
@@ -87,13 +211,13 @@ class App(Settings):
 
 
 class Grpc(Settings):
-    address: Address = "127.0.0.1:7400"
-    unix_socket: str = ""
+    address: LoopbackAddress = "127.0.0.1:7400"
+    unix_socket: SocketPath = ""
 
 
 class Http(Settings):
-    address: Address = ""
-    unix_socket: str = ""
+    address: LoopbackAddress = ""
+    unix_socket: SocketPath = ""
 
 
 class Admin(Settings):
@@ -112,11 +236,10 @@ class Limits(Settings):
     max_streams: Count = 1000
     open_timeout_seconds: Seconds = 10
 
-    @model_validator(mode="after")
-    def _batch_holds_an_event(self) -> Self:
-        if self.max_batch_bytes < self.max_event_bytes:
-            raise ValueError("max_batch_bytes is less than max_event_bytes: no such event fits")
-        return self
+    @field_validator("max_batch_bytes")
+    @classmethod
+    def _batch_holds_an_event(cls, value: int, info: ValidationInfo) -> int:
+        return _at_least("max_event_bytes", value, info)
 
 
 class Publishing(Settings):
@@ -153,7 +276,7 @@ class Memory(Settings):
 class NatsConnection(Settings):
     """What both NATS drivers need to connect."""
 
-    servers: Annotated[list[str], Field(max_length=100)] = []
+    servers: Annotated[list[Server], Field(max_length=100)] = []
     embedded: bool = False
     user: str = ""
     password: SecretStr = SecretStr("")
@@ -165,33 +288,38 @@ class NatsConnection(Settings):
     ping_seconds: Seconds = 20
     content_mode: Literal["binary", "structured"] = "binary"
 
-    @field_validator("servers")
+    @field_validator("embedded")
     @classmethod
-    def _server_urls(cls, servers: list[str]) -> list[str]:
-        for server in servers:
-            scheme, found, rest = server.partition("://")
-            if not found or scheme not in {"nats", "tls"} or not rest:
-                raise ValueError('a server looks like "nats://host:4222"')
-        return servers
+    def _somewhere_to_connect(cls, embedded: bool, info: ValidationInfo) -> bool:  # noqa: FBT001
+        servers = info.data.get("servers")
+        if embedded and servers:
+            raise ValueError("brings a server of its own; leave out servers, or embedded")
+        if not embedded and servers == []:
+            raise ValueError(
+                'there is no server; set this to true, or name servers, as ["nats://host:4222"]'
+            )
+        return embedded
 
-    @model_validator(mode="after")
-    def _somewhere_to_connect(self) -> Self:
-        if self.embedded and self.servers:
-            raise ValueError("embedded = true brings its own server: leave out servers")
-        if not self.embedded and not self.servers:
-            raise ValueError('name servers, as ["nats://host:4222"], or set embedded = true')
-        return self
+    @field_validator("password_file", "token_file")
+    @classmethod
+    def _one_readable_secret(cls, path: str, info: ValidationInfo) -> str:
+        field = (info.field_name or "").removesuffix("_file")
+        if path and info.data.get(field):
+            raise ValueError(f"{field} is set as well; keep one of them")
+        if path:
+            _read_secret(path)
+        return path
 
     def secret(self, field: Literal["password", "token"]) -> str:
-        """The secret's value, from the configuration or its file. Raises ConfigInvalid."""
-        path = getattr(self, f"{field}_file")
-        if path:
-            try:
-                return Path(path).read_text(encoding="utf-8").strip()
-            except OSError as error:
-                raise ConfigInvalid([f"{field}_file: cannot read {path}: {error.strerror}"]) from error
-        value: SecretStr = getattr(self, field)
-        return value.get_secret_value()
+        """The secret's value; from a file, what the file holds now. Raises ConfigInvalid."""
+        path: str = getattr(self, f"{field}_file")
+        if not path:
+            value: SecretStr = getattr(self, field)
+            return value.get_secret_value()
+        try:
+            return _read_secret(path)
+        except ValueError as error:
+            raise ConfigInvalid([f"{field}_file: {error}"]) from error
 
 
 class Nats(NatsConnection):
@@ -204,21 +332,34 @@ class Stream(Settings):
     subjects: Annotated[list[Pattern], Field(min_length=1)]
     storage: Literal["file", "memory"] = "file"
     retention: Literal["limits", "interest", "workqueue"] = "limits"
-    max_age_seconds: Annotated[float, Field(ge=0)] = 0
-    max_bytes: Annotated[int, Field(ge=-1)] = -1
-    max_events: Annotated[int, Field(ge=-1)] = -1
+    max_age_seconds: Annotated[float, Field(ge=0, le=36500 * _DAY)] = 0
+    max_bytes: Limit = -1
+    max_events: Limit = -1
     replicas: Annotated[int, Field(ge=1, le=5)] = 1
     duplicate_window_seconds: Seconds = 120
+
+    @field_validator("duplicate_window_seconds")
+    @classmethod
+    def _window_within_the_age(cls, value: float, info: ValidationInfo) -> float:
+        age = info.data.get("max_age_seconds")
+        if age and value > age:
+            raise ValueError(f"{value:g} is more than max_age_seconds; use at most {age:g}")
+        return value
 
 
 class JetStream(NatsConnection):
     type: Literal["jetstream"]
     auto_create_streams: bool = False
+    ack_wait_seconds: Annotated[float, Field(ge=1, le=_DAY)] = 30
     streams: list[Stream] = []
-    ack_wait_seconds: Annotated[float, Field(ge=1, le=86400)] = 30
 
 
 BrokerSettings = Annotated[Memory | Nats | JetStream, Field(discriminator="type")]
+_BROKER_TYPES: dict[object, type[Settings]] = {
+    "memory": Memory,
+    "nats": Nats,
+    "jetstream": JetStream,
+}
 
 
 class Route(Settings):
@@ -226,20 +367,26 @@ class Route(Settings):
     event_type: Pattern | None = None
     broker: str
 
-    @model_validator(mode="after")
-    def _matches_something(self) -> Self:
-        if self.topic is None and self.event_type is None:
-            raise ValueError('say what it matches: topic or event_type, as topic = ">"')
-        return self
+    @field_validator("event_type")
+    @classmethod
+    def _matches_something(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("topic", "broken") is None:
+            raise ValueError('the route matches nothing; set it, or topic, as topic = ">"')
+        return value
 
 
 class Retry(Settings):
     max_attempts: Annotated[int, Field(ge=1, le=1000)] = 5
-    initial_seconds: Annotated[float, Field(ge=0, le=86400)] = 0.2
-    max_seconds: Annotated[float, Field(ge=0, le=86400)] = 30
+    initial_seconds: Annotated[float, Field(ge=0, le=_DAY)] = 0.2
+    max_seconds: Annotated[float, Field(ge=0, le=_DAY)] = 30
     multiplier: Annotated[float, Field(ge=1, le=100)] = 2
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.2
-    total_seconds: Annotated[float, Field(ge=0)] = 0
+    total_seconds: Annotated[float, Field(ge=0, le=36500 * _DAY)] = 0
+
+    @field_validator("max_seconds")
+    @classmethod
+    def _grows(cls, value: float, info: ValidationInfo) -> float:
+        return _at_least("initial_seconds", value, info)
 
 
 class DeadLetter(Settings):
@@ -253,8 +400,8 @@ class Subscription(Settings):
     broker: str | None = None
     ordering: Literal["key", "none"] = "key"
     max_in_flight: Annotated[int, Field(ge=1, le=100_000)] = 256
-    lease_seconds: Annotated[float, Field(ge=0.1, le=86400)] = 30
-    start: Annotated[str, AfterValidator(_start)] = "earliest"
+    lease_seconds: Annotated[float, Field(ge=0.1, le=_DAY)] = 30
+    start: Annotated[str, BeforeValidator(_start)] = "earliest"
     event_types: list[Pattern] = []
     retry: Retry = Retry()
     dead_letter: DeadLetter = DeadLetter()
@@ -291,71 +438,32 @@ def load(path: Path | None, environment: Mapping[str, str]) -> Config:
     Read *path* (None: nothing but defaults), lay the environment over it, check everything.
 
     SIDECAR_<PATH> sets a key, with "__" between the parts: SIDECAR_GRPC__ADDRESS. The value is
-    TOML, or a bare string. Raises ConfigInvalid with every problem at once.
+    TOML, or a bare string; an array is set as a whole. Raises ConfigInvalid with every problem.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigInvalid([f"cannot read {path}: {error.strerror}"]) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigInvalid([f"{path} is not TOML: {error}"]) from error
-    raw = _lay_over(data, environment)
-    return check(data, raw)
+    data = {} if path is None else _read(path)
+    overlay, problems = _lay_over(data, environment)
+    return _checked(data, overlay, problems)
 
 
-def check(data: dict[str, Any], raw: Mapping[tuple[str, ...], str] | None = None) -> Config:
-    """
-    Validate a parsed configuration. Raises ConfigInvalid with every problem at once.
+def check(data: dict[str, Any]) -> Config:
+    """Validate a parsed configuration. Raises ConfigInvalid with every problem at once."""
+    return _checked(data, {}, [])
 
-    *raw* holds environment values as they were written: a secret that looks like a number is tried
-    again as a string.
-    """
+
+def check_subscription(described: dict[str, object]) -> Subscription:
+    """A subscription that an app describes, checked like a declared one. Raises ConfigInvalid."""
     try:
-        config = Config.model_validate(data)
+        return Subscription.model_validate(described)
     except ValidationError as error:
-        again = [
-            path for path in map(_path, _string_expected(error)) if raw is not None and path in raw
-        ]
-        if raw is not None and again:
-            for found in again:
-                _put(data, found, raw[found])
-            return check(data, {k: v for k, v in raw.items() if k not in again})
-        raise ConfigInvalid(sorted(_problems(error))) from None
-    config = _with_defaults(config)
-    problems = [*_cross_checks(config)]
-    if problems:
-        raise ConfigInvalid(problems)
-    return config
+        wrong = error.errors(include_url=False, include_input=False)
+    raise ConfigInvalid([_line(_problem(item, Subscription), {}) for item in wrong])
 
 
 def start_time_ns(start: str) -> int | None:
     """The time of a `start` that is one, in ns since 1970."""
     if start in {"earliest", "latest"}:
         return None
-    moment = datetime.datetime.fromisoformat(start)
-    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    return (moment - epoch) // datetime.timedelta(microseconds=1) * 1000
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """ "host:port" as a pair; brackets around an IPv6 host are taken off. Raises ValueError."""
-    host, found, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not found or not host or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004
-        raise ValueError('an address looks like "127.0.0.1:7400"; "" turns it off')
-    return host, int(port)
-
-
-def is_loopback(address: str) -> bool:
-    host, _ = split_address(address)
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return (_moment(start) - _EPOCH) // dt.timedelta(microseconds=1) * 1000
 
 
 def default_socket_dir(environment: Mapping[str, str]) -> Path:
@@ -373,20 +481,85 @@ def default_data_dir(environment: Mapping[str, str]) -> Path:
 
 
 def with_places(config: Config, environment: Mapping[str, str]) -> Config:
-    """The configuration with the default sockets and data directory filled in."""
+    """
+    The configuration with the default sockets and data directory filled in.
+
+    Raises ConfigInvalid when a default socket's path is longer than the system takes.
+    """
     sockets = default_socket_dir(environment)
+    places = {
+        "grpc": config.grpc.unix_socket or str(sockets / "grpc.sock"),
+        "http": config.http.unix_socket or str(sockets / "http.sock"),
+    }
+    problems = []
+    for door, path in places.items():
+        try:
+            _socket_path(path)
+        except ValueError as error:
+            problems.append(f"{door}.unix_socket: {error}")
+    if problems:
+        raise ConfigInvalid(problems)
     data_dir = config.embedded.data_dir or str(default_data_dir(environment))
     return config.model_copy(
         update={
-            "grpc": config.grpc.model_copy(
-                update={"unix_socket": config.grpc.unix_socket or str(sockets / "grpc.sock")}
-            ),
-            "http": config.http.model_copy(
-                update={"unix_socket": config.http.unix_socket or str(sockets / "http.sock")}
-            ),
+            "grpc": config.grpc.model_copy(update={"unix_socket": places["grpc"]}),
+            "http": config.http.model_copy(update={"unix_socket": places["http"]}),
             "embedded": config.embedded.model_copy(update={"data_dir": data_dir}),
         }
     )
+
+
+# -- reading and checking, with every problem in one go
+
+KeyPath: TypeAlias = tuple[str | int, ...]
+
+
+class _Problem(NamedTuple):
+    path: KeyPath
+    text: str
+    """What is wrong; what is accepted."""
+
+
+class _Variable(NamedTuple):
+    name: str
+    value: str
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigInvalid([f"cannot read {path}: {error.strerror}"]) from error
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, numbers and depths without end
+        raise ConfigInvalid([f"{path} is not TOML: {error}"]) from None
+
+
+def _checked(
+    data: dict[str, Any], overlay: Mapping[KeyPath, _Variable], problems: list[_Problem]
+) -> Config:
+    config, wrong = _validate(data, overlay)
+    problems = [*problems, *wrong, *_cross_checks(data)]
+    if config is None or problems:
+        tables = list(Config.model_fields)
+        problems.sort(key=lambda p: tables.index(t) if (t := _first(p.path)) in tables else -1)
+        raise ConfigInvalid([_line(problem, overlay) for problem in problems])
+    return _with_defaults(config)
+
+
+def _validate(
+    data: dict[str, Any], overlay: Mapping[KeyPath, _Variable]
+) -> tuple[Config | None, list[_Problem]]:
+    try:
+        return Config.model_validate(data), []
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_input=False)
+    not_text = [_key_path(item["loc"]) for item in wrong if item["type"] == "string_type"]
+    spelled = [path for path in not_text if path in overlay]
+    if not spelled:
+        return None, [_problem(item) for item in wrong]
+    for path in spelled:  # a variable whose text looks like a number, a date, …: it was text
+        _put(data, path, overlay[path].value)
+    return _validate(data, overlay)
 
 
 def _with_defaults(config: Config) -> Config:
@@ -400,161 +573,296 @@ def _with_defaults(config: Config) -> Config:
     return config
 
 
-def _cross_checks(config: Config) -> list[str]:
-    """What no single table can know."""
-    problems = []
-    names = ", ".join(config.brokers)
-    if not config.routes:
-        problems.append(f'routes: name the broker of each topic, as topic = ">" (brokers: {names})')
-    for i, route in enumerate(config.routes):
-        if route.broker not in config.brokers:
-            problems.append(f"routes[{i}].broker: no broker {route.broker!r} (there are: {names})")
-    seen: dict[str, int] = {}
-    for i, subscription in enumerate(config.subscriptions):
-        path = f"subscriptions[{i}]"
-        if subscription.name in seen:
-            first = seen[subscription.name]
-            problems.append(f"{path}.name: {subscription.name!r} is subscriptions[{first}] already")
-        seen.setdefault(subscription.name, i)
-        for key, broker in (
-            ("broker", subscription.broker),
-            ("dead_letter.broker", subscription.dead_letter.broker),
-        ):
-            if broker is not None and broker not in config.brokers:
-                problems.append(f"{path}.{key}: no broker {broker!r} (there are: {names})")
-    for table, settings in (("grpc", config.grpc), ("http", config.http)):
-        if settings.address and not is_loopback(settings.address):
-            problems.append(
-                f"{table}.address: {settings.address!r} is not a loopback address, and this door has "
-                "neither TLS nor a token: use 127.0.0.1 or the Unix socket"
-            )
-    for name, broker_settings in config.brokers.items():
-        if isinstance(broker_settings, JetStream):
-            problems.extend(_stream_problems(f"brokers.{name}", broker_settings))
-        if isinstance(broker_settings, NatsConnection):
-            problems.extend(_secret_problems(f"brokers.{name}", broker_settings))
-    return problems
+def _line(problem: _Problem, overlay: Mapping[KeyPath, _Variable]) -> str:
+    path, text = problem
+    line = f"{_dotted(path)}: {text}" if path else text
+    for end in range(len(path), 0, -1):
+        if path[:end] in overlay:
+            return f"{line} (from {overlay[path[:end]].name})"
+    return line
 
 
-def _stream_problems(path: str, settings: JetStream) -> list[str]:
-    names = [stream.name for stream in settings.streams]
-    return [
-        f"{path}.streams[{i}].name: {name!r} is declared twice"
-        for i, name in enumerate(names)
-        if name in names[:i]
+def _dotted(path: KeyPath) -> str:
+    """A key path as in TOML, with [0] for the first of an array."""
+    parts = [
+        f"[{part}]" if isinstance(part, int) else f".{part}" if _is_bare(part) else f'."{part}"'
+        for part in path
     ]
+    return "".join(parts).removeprefix(".")
 
 
-def _secret_problems(path: str, settings: NatsConnection) -> list[str]:
-    problems = []
-    for field in ("password", "token"):
-        value: SecretStr = getattr(settings, field)
-        file: str = getattr(settings, f"{field}_file")
-        if value.get_secret_value() and file:
-            problems.append(f"{path}.{field}: set it or {field}_file, not both")
-        if file and not os.access(file, os.R_OK):
-            problems.append(f"{path}.{field}_file: cannot read {file!r}")
-    return problems
+def _is_bare(key: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9_-]+", key) is not None
+
+
+def _first(path: KeyPath) -> str:
+    return str(path[0]) if path else ""
+
+
+# -- between tables: on the data as it is read, because a table with a problem is no model
+
+
+def _cross_checks(data: Mapping[str, object]) -> Iterator[_Problem]:
+    """What no single table can know. Unreadable parts are skipped: they have their own problem."""
+    yield from _shared_places(data)
+    yield from _pending_holds_an_event(data)
+    routes, subscriptions = _tables(data.get("routes")), _tables(data.get("subscriptions"))
+    yield from _repeated_names(("subscriptions",), subscriptions)
+    brokers = data.get("brokers", {})
+    if not isinstance(brokers, dict):
+        return
+    for name, broker in brokers.items():
+        streams = _tables(_table(broker).get("streams"))
+        yield from _repeated_names(("brokers", name, "streams"), streams)
+    types = {name: _table(b).get("type") for name, b in brokers.items()}
+    types = types or {EMBEDDED_BROKER: "jetstream"}
+    yield from _unknown_brokers(routes, subscriptions, types)
+    if not data.get("routes"):
+        if len(types) > 1:
+            yield _Problem(
+                ("routes",), f'no topic has a broker; add topic = ">" for one of: {_list(types)}'
+            )
+            return
+        routes = [{"topic": ">", "broker": next(iter(types))}]
+    for i, subscription in enumerate(subscriptions):
+        for path, text in _subscription_problems(subscription, routes, types):
+            yield _Problem(("subscriptions", i, *path), text)
+
+
+def _shared_places(data: Mapping[str, object]) -> Iterator[_Problem]:
+    doors: dict[str, Settings] = {"grpc": Grpc(), "http": Http(), "admin": Admin()}
+    taken: dict[str, str] = {}
+    for door, defaults in doors.items():
+        for key, default in defaults:
+            place = _table(data.get(door)).get(key, default)
+            if not isinstance(place, str) or not place or place.endswith(":0"):
+                continue
+            if place in taken:
+                yield _Problem((door, key), f"is {taken[place]} already; give each its own")
+            taken.setdefault(place, f"{door}.{key}")
+
+
+def _pending_holds_an_event(data: Mapping[str, object]) -> Iterator[_Problem]:
+    limits, publishing = _table(data.get("limits")), _table(data.get("publishing"))
+    event = limits.get("max_event_bytes", Limits().max_event_bytes)
+    pending = publishing.get("max_pending_bytes", Publishing().max_pending_bytes)
+    if isinstance(event, int) and isinstance(pending, int) and pending < event:
+        path = ("publishing", "max_pending_bytes")
+        yield _Problem(path, f"{pending} is less than limits.max_event_bytes; use at least {event}")
+
+
+def _repeated_names(path: KeyPath, tables: list[dict[str, object]]) -> Iterator[_Problem]:
+    seen: dict[str, int] = {}
+    for i, table in enumerate(tables):
+        name = table.get("name")
+        if isinstance(name, str) and seen.setdefault(name, i) != i:
+            first = _dotted((*path, seen[name]))
+            yield _Problem((*path, i, "name"), f"{name!r} is {first} already; choose another")
+
+
+def _unknown_brokers(
+    routes: list[dict[str, object]],
+    subscriptions: list[dict[str, object]],
+    known: Mapping[str, object],
+) -> Iterator[_Problem]:
+    named: list[tuple[KeyPath, object]] = []
+    for i, route in enumerate(routes):
+        named.append((("routes", i, "broker"), route.get("broker")))
+    for i, subscription in enumerate(subscriptions):
+        named.append((("subscriptions", i, "broker"), subscription.get("broker")))
+        dead_letter = _table(subscription.get("dead_letter"))
+        named.append((("subscriptions", i, "dead_letter", "broker"), dead_letter.get("broker")))
+    for path, name in named:
+        if isinstance(name, str) and name not in known:
+            meant = _did_you_mean(name, known)
+            yield _Problem(path, f"no broker {name!r}; {meant}there are: {_list(known)}")
+
+
+def _subscription_problems(
+    subscription: dict[str, object],
+    routes: list[dict[str, object]],
+    types: Mapping[str, object],
+) -> Iterator[_Problem]:
+    topic, dead_letter = subscription.get("topic"), _table(subscription.get("dead_letter"))
+    if not isinstance(topic, str):
+        return
+    if "broker" not in subscription and not any(_may_match(route, topic) for route in routes):
+        yield _Problem(("topic",), f"no route has {topic!r}; add one, or name a broker here")
+    named = [table["broker"] for table in (dead_letter, subscription) if "broker" in table]
+    broker = named[0] if named else _routed(topic, routes)
+    if isinstance(broker, str) and types.get(broker) == "nats":
+        storing = [name for name, type_ in types.items() if type_ in {"memory", "jetstream"}]
+        way_out = f"use {_list(storing)}" if storing else "add one, of type jetstream"
+        yield _Problem(
+            ("dead_letter", "broker"),
+            f"dead letters need a broker that stores, and {broker!r} is core NATS; {way_out}",
+        )
+    template = dead_letter.get("topic")
+    elsewhere = dead_letter.get("broker") not in (None, subscription.get("broker"))
+    if isinstance(template, str) and not elsewhere and _comes_back(topic, template):
+        yield _Problem(
+            ("dead_letter", "topic"),
+            f"{template!r} is part of {topic!r}, so that the subscription gets its own dead letters; "
+            'use a topic outside of it, as "dlq.{topic}", or another dead_letter.broker',
+        )
+
+
+def _routed(topic: str, routes: list[dict[str, object]]) -> object:
+    """The broker of a subscription to *topic*. None: unknown, or decided when it runs."""
+    first = next((route for route in routes if _may_match(route, topic)), None)
+    pattern = first and first.get("topic")
+    covered = isinstance(pattern, str) and _covers(pattern, topic)
+    return first.get("broker") if first and covered else None
+
+
+def _may_match(route: dict[str, object], topic: str) -> bool:
+    """A route that asks for an event type says nothing of subscriptions."""
+    pattern = route.get("topic", ">")
+    return "event_type" not in route and (not isinstance(pattern, str) or _overlap(pattern, topic))
+
+
+def _covers(pattern: str, other: str) -> bool:
+    """Every topic of *other*, itself a pattern, is one of *pattern*."""
+    open_end = other.endswith(">") and not pattern.endswith(">")
+    return not open_end and pattern_matcher(pattern).fullmatch(other) is not None
+
+
+def _overlap(one: str, other: str) -> bool:
+    """There is a topic that both patterns match."""
+    left, right = one.split("."), other.split(".")
+    for pair in zip(left, right, strict=False):
+        if ">" in pair:
+            return True
+        if pair[0] != pair[1] and "*" not in pair:
+            return False
+    return len(left) == len(right)
+
+
+def _comes_back(topic: str, template: str) -> bool:
+    some = topic.replace("*", "any").replace(">", "any")
+    return pattern_matcher(topic).fullmatch(template.replace("{topic}", some)) is not None
+
+
+def _table(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _tables(value: object) -> list[dict[str, object]]:
+    return [_table(item) for item in value] if isinstance(value, list) else []
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)
 
 
 # -- from pydantic's words to ours
 
-_ACCEPTED = {
-    "extra_forbidden": "unknown key",
-    "missing": "is required",
+_TEXTS = {
+    "missing": "is missing; it has no default",
     "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
     "float_type": "must be a number",
-    "string_type": "must be a string",
+    "string_type": 'must be a string, as "text"',
+    "string_unicode": "must be valid Unicode",
     "bool_type": "must be true or false",
-    "list_type": "must be an array",
+    "list_type": "must be an array, as [1, 2]",
     "dict_type": "must be a table",
     "model_type": "must be a table",
     "model_attributes_type": "must be a table",
 }
 
 
-def _problems(error: ValidationError) -> list[str]:
-    lines = []
-    for item in error.errors():
-        loc, kind, context = item["loc"], item["type"], item.get("ctx", {})
-        path = _dotted(_path(loc))
-        if kind == "extra_forbidden":
-            accepted = ", ".join(_accepted_keys(loc))
-            lines.append(f"{path}: unknown key; accepted here: {accepted}")
-        elif kind in {"union_tag_invalid", "union_tag_not_found"}:
-            tags = context.get("expected_tags", "'memory', 'nats', 'jetstream'")
-            lines.append(f"{path}.type: must be one of {tags}")
-        elif kind == "literal_error":
-            lines.append(f"{path}: must be {context['expected']}")
-        elif kind == "value_error":
-            lines.append(f"{path}: {context['error']}" if path else str(context["error"]))
-        else:
-            text = _ACCEPTED.get(kind) or item["msg"].replace("Input should be", "must be")
-            lines.append(f"{path}: {text}")
-    return lines
+def _problem(item: ErrorDetails, root: type[Settings] = Config) -> _Problem:
+    kind, path, context = item["type"], _key_path(item["loc"]), item.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _Problem(path, _unknown_key(item["loc"], root))
+    if kind in {"union_tag_invalid", "union_tag_not_found"}:
+        return _Problem((*path, "type"), f"must be one of {_list(map(repr, _BROKER_TYPES))}")
+    if kind == "literal_error":
+        return _Problem(path, f"must be {context['expected']}")
+    if kind == "value_error":
+        return _Problem(path, str(context["error"]))
+    return _Problem(path, _TEXTS.get(kind) or item["msg"].replace("Input should", "must"))
 
 
-def _string_expected(error: ValidationError) -> list[tuple[int | str, ...]]:
-    return [item["loc"] for item in error.errors() if item["type"] == "string_type"]
+def _key_path(loc: KeyPath) -> KeyPath:
+    """Where it is in the file: pydantic puts the broker's type, or "[key]", behind its name."""
+    return (*loc[:2], *loc[3:]) if loc[:1] == ("brokers",) else loc
 
 
-def _path(loc: tuple[int | str, ...]) -> tuple[str, ...]:
-    """The key path without the union tag that pydantic puts behind a broker's name."""
-    parts = list(loc)
-    if len(parts) > 2 and parts[0] == "brokers" and parts[2] in {"memory", "nats", "jetstream"}:  # noqa: PLR2004
-        del parts[2]
-    return tuple(f"[{p}]" if isinstance(p, int) else p for p in parts)
+def _unknown_key(loc: KeyPath, root: type[Settings]) -> str:
+    accepted = _table_at(loc[:-1], root).model_fields
+    return f"unknown key; {_did_you_mean(str(loc[-1]), accepted)}accepted here: {_list(accepted)}"
 
 
-def _dotted(path: tuple[str, ...]) -> str:
-    return "".join(p if p.startswith("[") else f".{p}" for p in path).removeprefix(".")
+def _did_you_mean(key: str, accepted: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, accepted, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
-def _accepted_keys(loc: tuple[int | str, ...]) -> list[str]:
-    """The keys of the table in which the unknown one stands."""
-    model: Any = Config
-    tags = {"memory": Memory, "nats": Nats, "jetstream": JetStream}
-    for part in loc[:-1]:
-        if isinstance(part, int):
-            continue
-        if model is None:  # a broker's name was just passed: the tag says which
-            model = tags.get(part)
-            continue
-        field = model.model_fields.get(part)
-        if field is None:
-            return []
-        if part == "brokers":
-            model = None
-            continue
-        annotation = field.annotation
-        args = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)]
-        model = args[0] if args else annotation
-    return sorted(model.model_fields) if model is not None else []
+def _table_at(loc: KeyPath, table: type[Settings]) -> type[Settings]:
+    if loc[:1] == ("brokers",):
+        table, loc = _BROKER_TYPES[loc[2]], loc[3:]
+    for part in loc:
+        if isinstance(part, str):
+            annotation = table.model_fields[part].annotation
+            inner = [annotation, *get_args(annotation)]  # a table, or an array of them
+            table = next(t for t in inner if isinstance(t, type) and issubclass(t, Settings))
+    return table
 
 
 # -- the environment
 
+_OF_THE_COMMAND_LINE = {"SIDECAR_CONFIG", "SIDECAR_SOCKET"}
+_SERVICE_LINK = re.compile(
+    r"(\w+_)?(SERVICE_(HOST|PORT)\w*=|PORT\w*=(tcp|udp|sctp)://|PORT_\d+_(TCP|UDP|SCTP)_\w+=)"
+)
+"""Kubernetes puts these into every pod beside a Service called "sidecar" or "sidecar-…"."""
 
-def _lay_over(data: dict[str, Any], environment: Mapping[str, str]) -> dict[tuple[str, ...], str]:
-    raw = {}
+
+def _lay_over(
+    data: dict[str, Any], environment: Mapping[str, str]
+) -> tuple[dict[KeyPath, _Variable], list[_Problem]]:
+    """Set in *data* what the environment says; returns who said what, and what has no place."""
+    overlay: dict[KeyPath, _Variable] = {}
+    problems = []
     for name, value in sorted(environment.items()):
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in {"SIDECAR_CONFIG", "SIDECAR_SOCKET"}:
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in _OF_THE_COMMAND_LINE:
             continue
-        path = tuple(name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"))
-        try:
-            parsed = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            parsed = value
-        _put(data, path, parsed)
-        raw[path] = value
-    return raw
+        key = name.removeprefix(ENVIRONMENT_PREFIX)
+        if "__" not in key and _SERVICE_LINK.match(f"{key}={value}"):
+            continue
+        path = _spelled_path(data, key.lower().split("__"))
+        overlay[path] = _Variable(name, value)
+        if not _put(data, path, _parsed(value)):
+            problems.append(_Problem(path, "is not in a table; set the array or value as a whole"))
+    return overlay, problems
 
 
-def _put(data: dict[str, Any], path: tuple[str, ...], value: object) -> None:
+def _spelled_path(data: dict[str, Any], parts: list[str]) -> KeyPath:
+    """As the file spells it: names of variables tell neither case nor, mostly, "-" from "_"."""
+    path: list[str] = []
+    table: dict[str, Any] = data
+    for part in parts:
+        plain = part.replace("-", "_")
+        same = [key for key in table if key.lower().replace("-", "_") == plain]
+        path.append(part if part in table or not same else same[0])
+        table = _table(table.get(path[-1]))
+    return tuple(path)
+
+
+def _parsed(value: str) -> object:
+    try:
+        document = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):
+        return value
+    return document["value"] if len(document) == 1 else value
+
+
+def _put(data: dict[Any, Any], path: KeyPath, value: object) -> bool:
     for part in path[:-1]:
         inner = data.setdefault(part, {})
         if not isinstance(inner, dict):
-            return
+            return False
         data = inner
     data[path[-1]] = value
+    return True
