@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import msgspec
 
 from sidecar.event import Durability, Event, Outcome, Position
-
-if TYPE_CHECKING:
-    import asyncio
 
 
 class Capabilities(msgspec.Struct, frozen=True):
@@ -119,6 +117,11 @@ class Source(ABC):
         """Call hold for what is still here at this interval; None: not needed."""
         return None
 
+    @property
+    def dropped(self) -> int:
+        """Events lost since the source was opened; 0 for ever where the broker redelivers."""
+        return 0
+
     @abstractmethod
     async def lag(self) -> int | None:
         """Events at the broker that were not fetched by anyone, or None. Raises BrokerUnavailable."""
@@ -158,6 +161,10 @@ class Broker(ABC):
         Raises BrokerRefused when it will fail for ever (credentials, a stream that differs from its
         declaration); it may be called again all the same.
         """
+
+    async def ended(self) -> None:
+        """Return when the driver gave up reconnecting (credentials changed): connect again then."""
+        await asyncio.get_running_loop().create_future()
 
     @abstractmethod
     def publish(

@@ -1,0 +1,282 @@
+"""Publishing to JetStream: everything in flight at once, answers matched by number, order kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from sidecar.errors import BrokerRefused, EventTooLarge, SidecarError, TopicMissing
+from sidecar.event import Durability, Event, Outcome, Position, Receipt
+from sidecar.wire import nats as binding
+
+if TYPE_CHECKING:
+    from sidecar.brokers.nats.connection import Connection
+
+NO_RESPONDERS = b"NATS/1.0 503"
+PATIENCE_SECONDS = 2.0
+"""How long a topic without a stream is tried again: a new leader is found in less."""
+PAUSE_SECONDS = 0.1
+
+
+class ApiError(msgspec.Struct, frozen=True):
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class PubAck(msgspec.Struct, frozen=True):
+    stream: str = ""
+    seq: int = 0
+    duplicate: bool = False
+    error: ApiError | None = None
+
+
+_decode_ack = msgspec.json.Decoder(PubAck).decode
+
+
+class _Batch:
+    """One publish call: where its outcomes gather."""
+
+    __slots__ = ("events", "future", "outcomes", "remaining", "topic")
+
+    def __init__(
+        self, topic: str, events: Sequence[Event], future: asyncio.Future[Sequence[Outcome]]
+    ) -> None:
+        self.topic = topic
+        self.events = events
+        self.future = future
+        self.outcomes: list[Outcome | None] = [None] * len(events)
+        self.remaining = len(events)
+
+    def put(self, index: int, outcome: Outcome) -> None:
+        self.outcomes[index] = outcome
+        self.remaining -= 1
+        if not self.remaining and not self.future.done():
+            self.future.set_result(self.outcomes)  # type: ignore[arg-type] # none is None any more
+
+
+class _Hold:
+    """A topic that waits for its stream; what is published to it meanwhile waits behind."""
+
+    __slots__ = ("asking", "until", "written")
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.asking = False
+        """What waited was written again, and no answer is in yet."""
+        self.written = 0
+        """Events below this number are on the wire."""
+
+
+class StreamPublisher:
+    """
+    Writes events and matches the server's acknowledgements by a number in the reply subject.
+
+    What is unanswered stays in `_unacked`, in order. After a reconnect all of it is written again
+    in that order under the same Nats-Msg-Id: the server drops what it had, and order holds.
+    """
+
+    def __init__(
+        self,
+        broker: str,
+        connection: Connection,
+        *,
+        structured: bool,
+        make_stream: Callable[[str, Callable[[SidecarError | None], None]], None] | None,
+    ) -> None:
+        """*make_stream* makes the stream of a topic and says how it went; None: never make one."""
+        self._broker = broker
+        self._connection = connection
+        self._structured = structured
+        self._make_stream = make_stream
+        self._inbox = ""
+        self._prefix = 0
+        self._next = 0
+        self._unacked: dict[int, tuple[_Batch, int, bytes]] = {}
+        self._held: dict[str, _Hold] = {}
+        connection.on_live.append(self._send_again)
+
+    @property
+    def pending(self) -> int:
+        return len(self._unacked)
+
+    async def open(self) -> None:
+        """Subscribe to the acknowledgements, once for the life of the connection."""
+        if not self._inbox:
+            self._inbox = self._connection.new_inbox()
+            self._prefix = len(self._inbox) + 1
+            await self._connection.subscribe(self._inbox + ".*", self._on_ack)
+
+    def publish(
+        self, topic: str, events: Sequence[Event], broker_ids: Sequence[str] | None
+    ) -> asyncio.Future[Sequence[Outcome]]:
+        future: asyncio.Future[Sequence[Outcome]] = asyncio.get_running_loop().create_future()
+        batch = _Batch(topic, events, future)
+        first = number = self._next
+        inbox, structured = self._inbox, self._structured
+        limit = self._connection.max_payload
+        unacked, frames = self._unacked, []
+        for index, event in enumerate(events):
+            broker_id = broker_ids[index] if broker_ids is not None else binding.msg_id(event)
+            headers, payload = binding.encode(
+                event, structured=structured, extra=f"Nats-Msg-Id: {broker_id}\r\n".encode()
+            )
+            header_size = len(headers)
+            size = header_size + len(payload)
+            if size > limit:
+                batch.put(index, too_large(size, limit, self._broker))
+                continue
+            frame = b"HPUB %b %b.%d %d %d\r\n%b%b\r\n" % (
+                topic.encode(),
+                inbox.encode(),
+                number,
+                header_size,
+                size,
+                headers,
+                payload,
+            )
+            unacked[number] = (batch, index, frame)
+            number += 1
+            frames.append(frame)
+        self._next = number
+        if number > first:
+            future.add_done_callback(lambda done: self._forget(done, first, number))
+        if topic not in self._held:
+            self._connection.write(b"".join(frames))
+        return future
+
+    def _forget(self, done: asyncio.Future[Sequence[Outcome]], first: int, end: int) -> None:
+        if done.cancelled():
+            for number in range(first, end):
+                self._unacked.pop(number, None)
+
+    def _on_ack(self, subject: bytes, _reply: bytes, headers: bytes | None, payload: bytes) -> None:
+        number = int(subject[self._prefix :])
+        entry = self._unacked.get(number)
+        if entry is None:  # given up meanwhile, or answered before a reconnect
+            return
+        batch, index, _frame = entry
+        if headers is not None and headers.startswith(NO_RESPONDERS):
+            self._stream_missing(batch.topic)
+            return
+        try:
+            ack = _decode_ack(payload)
+        except msgspec.DecodeError:
+            ack = PubAck(error=ApiError(description="unreadable acknowledgement"))
+        del self._unacked[number]
+        if self._held:
+            self._stream_there(batch.topic)
+        if ack.error is not None:
+            batch.put(index, self._refused(batch.topic, ack))
+            return
+        batch.put(
+            index,
+            Receipt(
+                batch.events[index].id,
+                self._broker,
+                batch.topic,
+                Durability.STORED,
+                Position(ack.stream, ack.seq),
+                ack.duplicate,
+            ),
+        )
+
+    def _refused(self, topic: str, ack: PubAck) -> SidecarError:
+        assert ack.error is not None  # noqa: S101 - the caller looked
+        return BrokerRefused(
+            f"JetStream refused the event for {topic!r}: {ack.error.description} "
+            f"({ack.error.err_code})",
+            broker=self._broker,
+            topic=topic,
+            stream=ack.stream,
+        )
+
+    # -- a topic without a stream: a leader change, or none yet
+
+    def _stream_missing(self, topic: str) -> None:
+        loop = asyncio.get_running_loop()
+        hold = self._held.get(topic)
+        if hold is None:
+            hold = self._held[topic] = _Hold(loop.time() + PATIENCE_SECONDS)
+            if self._make_stream is not None:
+                self._make_stream(topic, lambda error: self._stream_made(topic, error))
+                return
+        elif not hold.asking:  # its neighbour said so already
+            return
+        hold.asking = False
+        loop.call_later(PAUSE_SECONDS, self._ask_again, topic, hold)
+
+    def _stream_made(self, topic: str, error: SidecarError | None) -> None:
+        hold = self._held.get(topic)
+        if hold is None:
+            return
+        if error is None:
+            self._ask_again(topic, hold)
+        elif error.retryable:
+            asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._ask_again, topic, hold)
+        else:
+            self._give_up(topic, error)
+
+    def _ask_again(self, topic: str, hold: _Hold) -> None:
+        if self._held.get(topic) is not hold:
+            return
+        if asyncio.get_running_loop().time() > hold.until:
+            self._give_up(
+                topic,
+                TopicMissing(
+                    f"no stream of broker {self._broker!r} has the topic {topic!r}: declare one in "
+                    f"brokers.{self._broker}.streams, or set auto_create_streams = true",
+                    topic=topic,
+                    broker=self._broker,
+                ),
+            )
+            return
+        waiting = [frame for batch, _, frame in self._unacked.values() if batch.topic == topic]
+        hold.asking = True
+        hold.written = self._next
+        if not waiting:
+            del self._held[topic]
+        self._connection.write(b"".join(waiting))
+
+    def _stream_there(self, topic: str) -> None:
+        """An event of the topic was stored: let go what waits behind it, in order."""
+        hold = self._held.pop(topic, None)
+        if hold is not None:
+            first = hold.written if hold.asking else 0
+            waiting = [
+                frame
+                for number, (batch, _, frame) in self._unacked.items()
+                if number >= first and batch.topic == topic
+            ]
+            self._connection.write(b"".join(waiting))
+
+    def _give_up(self, topic: str, error: SidecarError) -> None:
+        self._held.pop(topic, None)
+        for number, (batch, index, _frame) in list(self._unacked.items()):
+            if batch.topic == topic:
+                del self._unacked[number]
+                batch.put(index, error)
+
+    def _send_again(self) -> None:
+        self._held.clear()
+        if self._unacked:
+            self._connection.write(b"".join(frame for _, _, frame in self._unacked.values()))
+
+    def fail_all(self, error: SidecarError) -> None:
+        """The connection ends for good."""
+        unacked, self._unacked = self._unacked, {}
+        for batch, index, _frame in unacked.values():
+            batch.put(index, error)
+
+
+def too_large(size: int, limit: int, broker: str) -> EventTooLarge:
+    return EventTooLarge(
+        f"the event takes {size} bytes and broker {broker!r} takes {limit}: raise max_payload of "
+        "the NATS server",
+        broker=broker,
+        limit=limit,
+        size=size,
+    )

@@ -1,0 +1,108 @@
+"""Storing dead letters: the event unchanged, and in headers why, from where and after how much."""
+
+from __future__ import annotations
+
+from sidecar.broker import Incoming
+from sidecar.config import Subscription as Settings
+from sidecar.event import NOTHING, Event, Receipt
+from sidecar.publishing.publisher import Publisher
+from sidecar.wire.timestamps import format_rfc3339, now_ns
+
+PREFIX = "sidecar-dead-letter-"
+MAX_ERROR_LENGTH = 1000
+MAX_RAW_BYTES = 512 * 1024
+
+
+class DeadLetters:
+    """Where one subscription's dead letters go."""
+
+    def __init__(
+        self, settings: Settings, publisher: Publisher, *, source_broker: str, broker: str, topic: str
+    ) -> None:
+        """*topic* may hold "{topic}", the event's own; *broker* stores, *source_broker* delivered."""
+        self._settings = settings
+        self._publisher = publisher
+        self._source_broker = source_broker
+        self._broker = broker
+        self._topic = topic
+
+    async def store(self, incoming: Incoming, *, reason: str, error: str, attempts: int) -> None:
+        """
+        Store one dead letter. Raises the SidecarError of the try that failed.
+
+        Storing the same one again, after a crash before its ack, gives no second copy: its broker
+        id is made of the subscription and the position.
+        """
+        topic = self._topic.replace("{topic}", incoming.topic)
+        letter = self._letter(incoming, reason=reason, error=error, attempts=attempts)
+        broker_id = f"dead-letter/{self._settings.name}/{self._source_broker}/{_place(incoming)}"
+        outcomes = await self._publisher.publish_to(
+            self._broker, topic, [letter], broker_ids=[broker_id]
+        )
+        outcome = outcomes[0]
+        if not isinstance(outcome, Receipt):
+            raise outcome
+
+    def _letter(self, incoming: Incoming, *, reason: str, error: str, attempts: int) -> Event:
+        event = incoming.event or _undecodable(incoming)
+        headers = {
+            **event.headers,
+            f"{PREFIX}reason": reason,
+            f"{PREFIX}error": printable(error),
+            f"{PREFIX}topic": incoming.topic,
+            f"{PREFIX}broker": self._source_broker,
+            f"{PREFIX}subscription": self._settings.name,
+            f"{PREFIX}attempts": str(attempts),
+            f"{PREFIX}time": format_rfc3339(now_ns()),
+        }
+        position = incoming.position
+        if position is not None:
+            place = {
+                "stream": position.stream,
+                "sequence": str(position.sequence or ""),
+                "partition": "" if position.partition is None else str(position.partition),
+                "offset": "" if position.offset is None else str(position.offset),
+            }
+            headers |= {f"{PREFIX}{name}": value for name, value in place.items() if value}
+        return Event(
+            id=event.id,
+            source=event.source,
+            type=event.type,
+            time_ns=event.time_ns,
+            data=event.data,
+            key=event.key,
+            content_type=event.content_type,
+            subject=event.subject,
+            schema=event.schema,
+            extensions=event.extensions,
+            headers={name: value for name, value in headers.items() if value},
+        )
+
+
+def printable(text: str) -> str:
+    """Text of an app as a header's value: one line, bounded."""
+    line = "".join(c if c.isprintable() else " " for c in text[:MAX_ERROR_LENGTH])
+    return line.encode("ascii", "backslashreplace").decode().strip()
+
+
+def _place(incoming: Incoming) -> str:
+    position = incoming.position
+    if position is None:
+        event = incoming.event
+        return f"{event.source}/{event.id}" if event is not None else str(now_ns())
+    if position.partition is not None:
+        return f"{incoming.topic}/{position.partition}/{position.offset}"
+    return f"{position.stream}/{position.sequence}"
+
+
+def _undecodable(incoming: Incoming) -> Event:
+    """The bytes of what is no event, as one: nothing is lost, and the lane goes on."""
+    return Event(
+        id=_place(incoming),
+        source=f"/{incoming.topic}",
+        type="sidecar.undecodable",
+        time_ns=now_ns(),
+        data=incoming.raw[:MAX_RAW_BYTES],
+        content_type="application/octet-stream",
+        extensions=NOTHING,
+    )

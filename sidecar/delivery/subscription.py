@@ -1,0 +1,488 @@
+"""One subscription at work: a thin shell around Window that fetches, hands over and settles."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sidecar.broker import Broker, Interest, Source, Start
+from sidecar.delivery.consumers import Consumer, Delivery
+from sidecar.delivery.retry import delay_before, used_up
+from sidecar.delivery.window import Held, State, Window, handles
+from sidecar.errors import (
+    AlreadySettled,
+    BrokerUnavailable,
+    Draining,
+    LeaseExpired,
+    SidecarError,
+    SourceLost,
+)
+from sidecar.event import Settlement, Verdict, pattern_matcher
+from sidecar.telemetry.facts import DeadLettered, Facts, Settled
+from sidecar.wire.timestamps import now_ns
+
+if TYPE_CHECKING:
+    from sidecar.config import Subscription as Settings
+    from sidecar.delivery.deadletters import DeadLetters
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 1.0
+"""Without a consumer for so long, what is held goes back to the broker, for another sidecar."""
+RETRY_SECONDS = (0.1, 5.0)
+"""Pause before subscribing again: at first, and at most."""
+
+
+class Subscription:
+    """
+    The part of a subscription that this sidecar has: its window, its consumers, its source.
+
+    Everything but `run` and `seek` is synchronous: what happened goes into the window, and what
+    follows from it (dispatching, acks to the broker) is done once per turn of the loop.
+
+    Non-obvious: events are fetched only while somebody consumes. A sidecar whose app is away
+    would otherwise keep up to max_in_flight events from the other replicas.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        broker: Broker,
+        dead_letters: DeadLetters,
+        *,
+        start: Start,
+        facts: Facts,
+        declared: bool,
+    ) -> None:
+        self.settings = settings
+        self.broker = broker
+        self.declared = declared
+        self.paused = False
+        self.draining = False
+        self.detail = "not subscribed yet"
+        """Why it is not subscribed; empty when it is."""
+        self.interest = Interest(settings.name, settings.topic, settings.max_in_flight, start)
+        self.token_prefix = f"{settings.name}.{secrets.token_hex(4)}."
+        self.window = Window(
+            ordered=settings.ordering == "key",
+            max_in_flight=settings.max_in_flight,
+            token_prefix=self.token_prefix,
+        )
+        self.consumers: list[Consumer] = []
+        self._dead_letters = dead_letters
+        self._facts = facts
+        self._types = [pattern_matcher(pattern) for pattern in settings.event_types]
+        self._spread = random.Random()  # noqa: S311 - jitter, no secret
+        self._source: Source | None = None
+        self._acks: list[Held] = []
+        self._dispatch_due = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._wake = asyncio.Event()
+        self._next_consumer = 0
+        self._tasks: asyncio.TaskGroup | None = None
+        self._idle_since = 0.0
+        self._wake_idle = asyncio.Event()
+
+    # -- life
+
+    async def run(self) -> None:
+        """Subscribe, feed the window while somebody consumes, and subscribe again when it ends."""
+        pause = RETRY_SECONDS[0]
+        known = not (self.declared and self.broker.capabilities.redelivers)
+        async with asyncio.TaskGroup() as self._tasks:
+            while not self.draining:
+                if known and not await self._somebody():
+                    break
+                try:
+                    source = await self.broker.subscribe(self.interest)
+                except SidecarError as error:
+                    self._not_subscribed(error)
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, RETRY_SECONDS[1])
+                    continue
+                pause, known = RETRY_SECONDS[0], True
+                lost = await self._serve(source)
+                if lost is not None:
+                    self._not_subscribed(lost)
+                    await asyncio.sleep(pause)
+
+    def _not_subscribed(self, error: SidecarError) -> None:
+        if self.detail != error.message:
+            log.warning("subscription %s: %s", self.settings.name, error.message)
+            self.detail = error.message
+
+    async def _somebody(self) -> bool:
+        """Wait for a consumer; False when the drain came first."""
+        self.detail = ""
+        while not self.consumers:
+            if self.draining:
+                return False
+            self._wake.clear()
+            await self._wake.wait()
+        return True
+
+    async def _serve(self, source: Source) -> SidecarError | None:
+        """Feed from *source* until nobody consumes, it is lost (the error), or we drain."""
+        self._source = source
+        self.detail = ""
+        lost: SidecarError | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                feed = tasks.create_task(self._feed(source))
+                idle = tasks.create_task(self._until_idle())
+                hold = tasks.create_task(self._hold(source))
+                await asyncio.wait([feed, idle], return_when=asyncio.FIRST_COMPLETED)
+                for task in (feed, idle, hold):
+                    task.cancel()
+            if feed.done() and not feed.cancelled():
+                lost = feed.result()
+                self._void()
+        finally:
+            self._flush_acks()
+            if self.draining:
+                await self._settled()
+            self._release_all()
+            self._source = None
+            await source.close()
+        return lost
+
+    async def _feed(self, source: Source) -> SidecarError:
+        """Fetch while there is room; returns why that ended."""
+        few = max(1, self.settings.max_in_flight // 8)
+        while True:
+            room = self.window.room
+            stuck = not self.window.out and not self.window.has_ready
+            if self.paused or not self.consumers or not (room >= few or (room and stuck)):
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            try:
+                batch = await source.fetch(room)
+            except SidecarError as error:
+                return error
+            unwanted = []
+            for incoming in batch:
+                event = incoming.event
+                if (
+                    self._types
+                    and event is not None
+                    and not any(types.fullmatch(event.type) for types in self._types)
+                ) or (incoming.identity is not None and self.window.was_acked(incoming.identity)):
+                    unwanted.append(incoming.handle)
+                    continue
+                held = self.window.arrived(incoming, incoming.delivered - 1)
+                if held is not None and event is None:
+                    self._bury(held, "undecodable", incoming.problem)
+            if unwanted:
+                source.ack(unwanted)
+            self._dispatch_soon()
+
+    async def _until_idle(self) -> None:
+        """Return when nobody has consumed for a while and nothing is out, or when we drain."""
+        while not self.draining:
+            if self.consumers or self.window.out:
+                self._idle_since = asyncio.get_running_loop().time()
+            elif asyncio.get_running_loop().time() - self._idle_since >= IDLE_SECONDS:
+                return
+            self._wake_idle.clear()
+            try:
+                async with asyncio.timeout(IDLE_SECONDS):
+                    await self._wake_idle.wait()
+            except TimeoutError:
+                continue
+
+    async def _hold(self, source: Source) -> None:
+        """Keep the broker's claim on what is here, handed over or not."""
+        interval = source.hold_seconds
+        if interval is None:
+            return
+        while True:
+            await asyncio.sleep(interval)
+            source.hold(handles(self.window.held()))
+
+    async def _settled(self) -> None:
+        """While draining: wait until the apps settled what is out; the caller bounds it."""
+        while self.window.out:
+            self._wake.clear()
+            await self._wake.wait()
+        self._flush_acks()
+
+    def _release_all(self) -> None:
+        """Give back what is still here, untouched or unsettled; none of it is counted as failed."""
+        held = [one for one in self.window.held() if one.state is not State.LEAVING]
+        out = sum(one.state is State.OUT for one in held)
+        for one in held:
+            self.window.gone(one)
+        if held and self._source is not None:
+            self._source.release(handles(held))
+        if out:
+            self._facts.settled(Settled(self.settings.name, "released", out))
+
+    def _void(self) -> None:
+        """The source is gone: handles mean nothing any more, and what was out will come again."""
+        self._acks.clear()
+        self.window.clear()
+
+    def drain(self) -> None:
+        """Fetch and hand over no more. `run` ends when what is out is settled; cancel it in time."""
+        self.draining = True
+        self._wake.set()
+        self._wake_idle.set()
+        waiting = [h for h in self.window.held() if h.state not in {State.OUT, State.LEAVING}]
+        for held in waiting:
+            self.window.gone(held)
+        if self._source is not None:
+            self._source.release(handles(waiting))
+
+    # -- consumers
+
+    def attach(self, consumer: Consumer) -> None:
+        """Raises Draining."""
+        if self.draining:
+            raise Draining("the sidecar is stopping: open no new consumers")
+        self.consumers.append(consumer)
+        self._wake.set()
+        self._wake_idle.set()
+        self._dispatch_soon()
+
+    def detach(self, consumer: Consumer, *, clean: bool) -> None:
+        """
+        A consumer left. *clean*: it said so, and what it did not settle is uncounted.
+
+        Otherwise it crashed, and those deliveries count. Either way they are ready again at once.
+        """
+        if consumer in self.consumers:
+            self.consumers.remove(consumer)
+        left = self.window.out_to(consumer)
+        if clean or self.draining:
+            for held in reversed(left):
+                self.window.back(held)
+            if left:
+                self._facts.settled(Settled(self.settings.name, "released", len(left)))
+        else:
+            for held in left:
+                self._fail(held, "app_crash", "the consumer's stream broke", 0.0)
+        self._wake_idle.set()
+        self._wake.set()
+        self._dispatch_soon()
+
+    def stopped_waiting(self, consumer: Consumer) -> None:
+        """A pull is over: it takes no more, and what it took stays out until settled by token."""
+        if consumer in self.consumers:
+            self.consumers.remove(consumer)
+        self._wake_idle.set()
+
+    def credit(self, consumer: Consumer, more: int) -> None:
+        consumer.credit += more
+        self._dispatch_soon()
+
+    def _dispatch_soon(self) -> None:
+        if not self._dispatch_due:
+            self._dispatch_due = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Hand over what is ready, shared among the consumers that have credit."""
+        self._dispatch_due = False
+        if self._acks:
+            self._flush_acks()
+        if self.paused or self.draining:
+            return
+        window = self.window
+        now = asyncio.get_running_loop().time()
+        lease_end = now + self.settings.lease_seconds
+        hungry = [consumer for consumer in self.consumers if consumer.credit > 0]
+        while window.has_ready and hungry:
+            self._next_consumer = (self._next_consumer + 1) % len(hungry)
+            consumer = hungry[self._next_consumer]
+            share = max(1, -(-window.ready // len(hungry)))
+            taken = window.take(
+                min(consumer.credit, consumer.max_batch, share), consumer, lease_end
+            )
+            consumer.credit -= len(taken)
+            if consumer.credit <= 0:
+                hungry.remove(consumer)
+            consumer.deliver([_delivery(held) for held in taken])
+        self._arm()
+        if window.room:
+            self._wake.set()
+
+    def _arm(self) -> None:
+        """One timer, for the earliest lease or retry."""
+        due = self.window.next_time()
+        timer = self._timer
+        if due is None:
+            return
+        if timer is not None and not timer.cancelled():
+            if timer.when() <= due:
+                return
+            timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(due, self._time_is_up)
+
+    def _time_is_up(self) -> None:
+        self._timer = None
+        # Timers may fire a moment early: the loop's clock is coarser than its time().
+        for held in self.window.due(asyncio.get_running_loop().time() + 0.001):
+            self._facts.settled(Settled(self.settings.name, "expired"))
+            self._fail(held, "lease_expired", "the lease ended unsettled", None)
+        self._arm()
+        self._dispatch_soon()
+
+    # -- settling
+
+    def settle(self, settlements: Sequence[Settlement]) -> list[SidecarError | None]:
+        """What became of each settlement, in order: None when it counted."""
+        results: list[SidecarError | None] = []
+        acked = 0
+        for settlement in settlements:
+            held = self.window.find(settlement.token)
+            if held is None:
+                results.append(self._not_out(settlement.token))
+            elif settlement.verdict is Verdict.ACK:
+                self._ack(held)
+                acked += 1
+                results.append(None)
+            else:
+                self._other(held, settlement)
+                results.append(None)
+        if acked:
+            self._facts.settled(Settled(self.settings.name, "ack", acked))
+        self._wake.set()
+        self._dispatch_soon()
+        return results
+
+    def _ack(self, held: Held) -> None:
+        self.window.done(held)
+        self._acks.append(held)
+
+    def _other(self, held: Held, settlement: Settlement) -> None:
+        name = self.settings.name
+        if settlement.verdict is Verdict.EXTEND:
+            lease = self.settings.lease_seconds if settlement.delay is None else settlement.delay
+            self.window.extend(held, asyncio.get_running_loop().time() + lease)
+            self._arm()
+        elif settlement.verdict is Verdict.REJECT:
+            self._facts.settled(Settled(name, "reject"))
+            self._bury(held, "rejected", settlement.reason)
+        else:
+            self._facts.settled(Settled(name, "nack"))
+            self._fail(
+                held,
+                "attempts_exhausted",
+                settlement.reason,
+                settlement.delay,
+                uncounted=settlement.uncounted,
+            )
+
+    def _not_out(self, token: str) -> SidecarError:
+        if self.window.has_expired(token):
+            return LeaseExpired(
+                "too late: the lease ended and the event is on its way again; extend in time, or "
+                "raise lease_seconds",
+                subscription=self.settings.name,
+                token=token,
+            )
+        return AlreadySettled(
+            "the delivery is over: it was settled before, handed back, or the subscription was moved",
+            subscription=self.settings.name,
+            token=token,
+        )
+
+    def _flush_acks(self) -> None:
+        acks, self._acks = self._acks, []
+        if acks and self._source is not None:
+            self._source.ack(handles(acks))
+
+    def _fail(
+        self,
+        held: Held,
+        reason: str,
+        error: str,
+        delay: float | None,
+        *,
+        uncounted: bool = False,
+    ) -> None:
+        """A delivery failed: try again after *delay* (None: as the policy says), or give up."""
+        policy = self.settings.retry
+        if not held.first_failed:
+            held.first_failed = now_ns()
+        held.last_error = error
+        if not uncounted and used_up(held.attempt, policy):
+            self._bury(held, reason, error)
+            return
+        total_ns = policy.total_seconds * 1e9
+        if total_ns and now_ns() - held.first_failed > total_ns:
+            self._bury(held, reason, error)
+            return
+        if delay is None:
+            delay = delay_before(held.attempt + 1, policy, self._spread)
+        at = asyncio.get_running_loop().time() + delay
+        self.window.retry(held, at, uncounted=uncounted)
+        self._arm()
+
+    def _bury(self, held: Held, reason: str, error: str) -> None:
+        self.window.leaving(held)
+        assert self._tasks is not None  # noqa: S101 - deliveries exist only while run() does
+        self._tasks.create_task(self._store_dead_letter(held, reason, error))
+
+    async def _store_dead_letter(self, held: Held, reason: str, error: str) -> None:
+        """Store, then ack. While it cannot be stored the event stays with the broker, its lane held."""
+        pause = 0.1
+        while True:
+            try:
+                await self._dead_letters.store(
+                    held.incoming, reason=reason, error=error, attempts=held.attempt
+                )
+            except SidecarError as failure:
+                self.detail = f"a dead letter cannot be stored: {failure.message}"
+                log.warning("subscription %s: %s", self.settings.name, self.detail)
+                if self.draining or not self.window.holds(held):
+                    return
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, RETRY_SECONDS[1])
+                continue
+            break
+        self.detail = ""
+        self._facts.dead_lettered(DeadLettered(self.settings.name, reason))
+        if self.window.holds(held):
+            self._ack(held)
+            self._wake.set()
+            self._dispatch_soon()
+
+    # -- operators
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+        self._wake.set()
+        self._dispatch_soon()
+
+    async def seek(self, to: Start) -> None:
+        """Move it, for all who share it. Raises what Broker.seek raises."""
+        await self.broker.seek(self.interest, to)
+
+    async def lag(self) -> int | None:
+        if self._source is None:
+            return None
+        try:
+            return await self._source.lag()
+        except (BrokerUnavailable, SourceLost):
+            return None
+
+    @property
+    def dropped(self) -> int:
+        return self._source.dropped if self._source is not None else 0
+
+
+def _delivery(held: Held) -> Delivery:
+    incoming = held.incoming
+    event = incoming.event
+    assert event is not None  # noqa: S101 - undecodable ones leave before they are ready
+    return Delivery(held.token, event, incoming.topic, held.attempt, incoming.position)

@@ -1,0 +1,310 @@
+"""The PubSub service: what each RPC does, whatever door it comes through."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+from sidecar.config import Limits
+from sidecar.delivery.consumers import Delivery
+from sidecar.delivery.hub import Hub
+from sidecar.delivery.subscription import Subscription
+from sidecar.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotSupported,
+    SidecarError,
+)
+from sidecar.event import Event, Outcome
+from sidecar.publishing.publisher import Publisher
+from sidecar.services.rpc import Call, UnaryMethod
+from sidecar.v1 import pubsub_pb2 as pb
+from sidecar.wire import proto, status
+from sidecar.wire.cloudevents import Defaults
+
+log = logging.getLogger(__name__)
+
+SERVICE = "sidecar.v1.PubSub"
+MAX_PULL_SECONDS = 300
+MAX_BATCH_EVENTS = 100
+STREAM_REQUESTS = 256
+"""Publish requests of one stream under way at once."""
+
+
+class PubSub:
+    """Publish, PublishStream, Subscribe, Pull, Settle."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        hub: Hub,
+        *,
+        defaults_for: Callable[[str], Defaults],
+        limits: Limits,
+    ) -> None:
+        self._publisher = publisher
+        self._hub = hub
+        self._defaults_for = defaults_for
+        self._limits = limits
+
+    def methods(self) -> Sequence[UnaryMethod[Any, Any]]:
+        return (
+            UnaryMethod(SERVICE, "Publish", pb.PublishRequest, pb.PublishResponse, self.publish),
+            UnaryMethod(SERVICE, "Pull", pb.PullRequest, pb.PullResponse, self.pull),
+            UnaryMethod(SERVICE, "Settle", pb.SettleRequest, pb.SettleResponse, self.settle),
+        )
+
+    # -- publish
+
+    async def publish(self, request: pb.PublishRequest, call: Call) -> pb.PublishResponse:
+        topic = request.topic
+        events = proto.events_from(request.events, self._defaults_for(topic))
+        options = _options(request.options) if request.HasField("options") else {}
+        outcomes = await self._publisher.publish(topic, events, **options)
+        return pb.PublishResponse(results=proto.results_to(outcomes))
+
+    async def publish_events(
+        self, topic: str, events: Sequence[Event | SidecarError], call: Call
+    ) -> Sequence[Outcome]:
+        """For doors that bring events as values."""
+        return await self._publisher.publish(topic, events)
+
+    def publish_stream(self) -> PublishStream:
+        return PublishStream(self._publisher, self._defaults_for)
+
+    # -- consume
+
+    def open(self, request: pb.PullRequest | pb.SubscribeOpen) -> Subscription:
+        """The subscription that is named or described."""
+        target = request.WhichOneof("target")
+        if target == "subscription":
+            return self._hub.get(request.subscription)
+        if target == "spec":
+            return self._hub.describe(proto.subscription_from(request.spec))
+        raise InvalidRequest("name a subscription, or describe one as spec", field="target")
+
+    async def pull(self, request: pb.PullRequest, call: Call) -> pb.PullResponse:
+        subscription = self.open(request)
+        wait = proto.seconds_of(request, "wait") or 0.0
+        if call.timeout is not None:
+            # Answer before the caller gives up: what it would not see, it could not settle.
+            wait = min(wait, max(0.0, call.timeout - 0.1))
+        deliveries = await self._hub.pull(
+            subscription, request.max_events or 1, min(wait, MAX_PULL_SECONDS)
+        )
+        return pb.PullResponse(
+            deliveries=[delivery_to(delivery) for delivery in deliveries],
+            lease=status.duration(subscription.settings.lease_seconds),
+        )
+
+    async def settle(self, request: pb.SettleRequest, call: Call) -> pb.SettleResponse:
+        if not request.settlements:
+            raise InvalidRequest("settlements: settle at least one delivery", field="settlements")
+        results = self._hub.settle(proto.settlements_from(request.settlements))
+        return pb.SettleResponse(results=proto.settle_results_to(results))
+
+    async def consume(
+        self,
+        read: Callable[[], Awaitable[pb.SubscribeRequest | None]],
+        write: Callable[[pb.SubscribeResponse], Awaitable[None]],
+    ) -> None:
+        """
+        One Subscribe stream: *read* gives None when the client has said all, *write* sends.
+
+        Returns when the client ended it. Raises SidecarError for a bad opening, or when the
+        subscription ends.
+        """
+        first = await self._first(read)
+        subscription = self.open(first.open)
+        consumer = StreamConsumer(first.open.max_batch_events or MAX_BATCH_EVENTS)
+        opened = proto.subscription_to(subscription.settings)
+        opened.broker = subscription.broker.name
+        await write(pb.SubscribeResponse(opened=opened))
+        subscription.attach(consumer)
+        clean = False
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                writing = tasks.create_task(consumer.pump(write))
+                self._apply(first, subscription, consumer)
+                reading = tasks.create_task(self._read_on(read, subscription, consumer))
+                await asyncio.wait([reading, writing], return_when=asyncio.FIRST_COMPLETED)
+                clean = reading.done() and not reading.cancelled() and not reading.exception()
+                reading.cancel()
+                writing.cancel()
+        except* SidecarError as group:
+            raise group.exceptions[0] from None
+        finally:
+            subscription.detach(consumer, clean=clean or self._hub.draining)
+
+    async def _first(
+        self, read: Callable[[], Awaitable[pb.SubscribeRequest | None]]
+    ) -> pb.SubscribeRequest:
+        seconds = self._limits.open_timeout_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                first = await read()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"nothing was opened within {seconds:g} s: send open first", field="open"
+            ) from None
+        if first is None or not first.HasField("open"):
+            raise InvalidRequest("the first message must have open", field="open")
+        return first
+
+    async def _read_on(
+        self,
+        read: Callable[[], Awaitable[pb.SubscribeRequest | None]],
+        subscription: Subscription,
+        consumer: StreamConsumer,
+    ) -> None:
+        while (message := await read()) is not None:
+            if message.HasField("open"):
+                raise InvalidRequest("open is for the first message only", field="open")
+            self._apply(message, subscription, consumer)
+
+    def _apply(
+        self, message: pb.SubscribeRequest, subscription: Subscription, consumer: StreamConsumer
+    ) -> None:
+        if message.settlements:
+            settlements = proto.settlements_from(message.settlements)
+            rejected = [
+                (settlement.token, error)
+                for settlement, error in zip(
+                    settlements, subscription.settle(settlements), strict=True
+                )
+                if error is not None
+            ]
+            if rejected:
+                consumer.reject(rejected)
+        if message.credit:
+            subscription.credit(consumer, message.credit)
+
+
+class StreamConsumer:
+    """What waits to be written to one Subscribe stream; bounded by the credit that was given."""
+
+    def __init__(self, max_batch: int) -> None:
+        self.credit = 0
+        self.max_batch = max_batch
+        self._queue: deque[pb.SubscribeResponse] = deque()
+        self._filled = asyncio.Event()
+        self._ended: Exception | None = None
+
+    def deliver(self, deliveries: Sequence[Delivery]) -> None:
+        self._put(pb.SubscribeResponse(deliveries=[delivery_to(d) for d in deliveries]))
+
+    def reject(self, rejected: Sequence[tuple[str, SidecarError | None]]) -> None:
+        self._put(pb.SubscribeResponse(rejected_settlements=proto.settle_results_to(rejected)))
+
+    def closed(self, why: Exception) -> None:
+        self._ended = why
+        self._filled.set()
+
+    def _put(self, response: pb.SubscribeResponse) -> None:
+        self._queue.append(response)
+        self._filled.set()
+
+    async def pump(self, write: Callable[[pb.SubscribeResponse], Awaitable[None]]) -> None:
+        """Write what comes. Raises what `closed` was told."""
+        while True:
+            while self._queue:
+                await write(self._queue.popleft())
+            if self._ended is not None:
+                raise self._ended
+            self._filled.clear()
+            await self._filled.wait()
+
+
+class PublishStream:
+    """One PublishStream: many requests under way, answered as their outcomes come."""
+
+    def __init__(self, publisher: Publisher, defaults_for: Callable[[str], Defaults]) -> None:
+        self._publisher = publisher
+        self._defaults_for = defaults_for
+        self._topic = ""
+        self._answers: deque[pb.PublishStreamResponse] = deque()
+        self._answered = asyncio.Event()
+        self._room = asyncio.Event()
+        self._under_way = 0
+        self._ended = False
+
+    async def take(self, request: pb.PublishStreamRequest) -> None:
+        """Hand one request on, in order; waits while the queue to its broker is full."""
+        sequence = request.sequence
+        topic = self._topic = request.topic or self._topic
+        self._under_way += 1
+        try:
+            events = proto.events_from(request.events, self._defaults_for(topic))
+            options = _options(request.options) if request.HasField("options") else {}
+            outcomes = await self._publisher.submit(topic, events, wait=None, **options)
+        except SidecarError as error:
+            failure = proto.failure_to(error)
+            self._answer(pb.PublishStreamResponse(sequence=sequence, failure=failure))
+            return
+        except BaseException:
+            self._under_way -= 1
+            raise
+        outcomes.add_done_callback(lambda done: self._results(sequence, done))
+        while self._under_way >= STREAM_REQUESTS:
+            # The client does not read its answers: stop reading its requests.
+            self._room.clear()
+            await self._room.wait()
+
+    def _results(self, sequence: int, done: asyncio.Future[Sequence[Outcome]]) -> None:
+        if done.cancelled():
+            return
+        self._answer(
+            pb.PublishStreamResponse(sequence=sequence, results=proto.results_to(done.result()))
+        )
+
+    def _answer(self, response: pb.PublishStreamResponse) -> None:
+        self._answers.append(response)
+        self._answered.set()
+
+    def end(self) -> None:
+        """No more requests; `answers` ends when all are answered."""
+        self._ended = True
+        self._answered.set()
+
+    async def answers(self) -> AsyncIterator[pb.PublishStreamResponse]:
+        while True:
+            while self._answers:
+                yield self._answers.popleft()
+                self._under_way -= 1
+                self._room.set()
+            if self._ended and not self._under_way:
+                return
+            self._answered.clear()
+            await self._answered.wait()
+
+
+def delivery_to(delivery: Delivery) -> pb.Delivery:
+    position = delivery.position
+    return pb.Delivery(
+        token=delivery.token,
+        event=proto.event_to(delivery.event),
+        topic=delivery.topic,
+        attempt=delivery.attempt,
+        position=None if position is None else proto.position_to(position),
+    )
+
+
+def _options(options: pb.PublishOptions) -> dict[str, Any]:
+    """Raises NotSupported for what no broker here can do, InvalidRequest for what makes no sense."""
+    if options.atomic:
+        raise NotSupported(
+            "options.atomic: no broker here publishes all or nothing; publish without it",
+            field="options.atomic",
+        )
+    if options.WhichOneof("later") is not None:
+        raise NotSupported(
+            f"options.{options.WhichOneof('later')}: no broker here keeps events for later",
+            field=f"options.{options.WhichOneof('later')}",
+        )
+    return {
+        "min_durability": int(options.min_durability),
+        "timeout": proto.seconds_of(options, "timeout"),
+    }

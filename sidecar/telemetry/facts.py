@@ -1,0 +1,48 @@
+"""What happened, as values; who cares (metrics, later traces) is somebody else's business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sidecar.event import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One batch was answered by one broker."""
+
+    broker: str
+    """Empty: it never reached one."""
+    topic: str
+    """The pattern of its route."""
+    outcomes: Sequence[Outcome]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Deliveries of one subscription ended: ack, nack, reject, expired or released."""
+
+    subscription: str
+    result: str
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLettered:
+    """One event went to the dead letters."""
+
+    subscription: str
+    reason: str
+
+
+class Facts(Protocol):
+    """Who is told. Quick, and never raises: it is called on the path of an event."""
+
+    def published(self, fact: Published) -> None: ...
+
+    def settled(self, fact: Settled) -> None: ...
+
+    def dead_lettered(self, fact: DeadLettered) -> None: ...

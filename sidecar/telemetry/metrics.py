@@ -1,0 +1,161 @@
+"""Every metric: its name, help text and labels, fed by facts and by looks at what is there."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+import sidecar
+from sidecar.event import Durability, Receipt
+from sidecar.telemetry.facts import DeadLettered, Published, Settled
+
+_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerGauges:
+    """One broker, as it is when the metrics are scraped."""
+
+    name: str
+    connected: bool
+    pending_events: int
+    pending_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionGauges:
+    """One subscription, as it is when the metrics are scraped."""
+
+    name: str
+    in_flight: int
+    retry_waiting: int
+    lanes: int
+    dropped: int
+
+
+class Metrics:
+    """Counts facts. Labels come from the configuration and from closed sets, never from input."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._published = Counter(
+            "sidecar_published_events_total",
+            "Events that apps asked to publish, by what became of them.",
+            ["broker", "topic", "result", "error"],
+            registry=self.registry,
+        )
+        self._publish_duration = Histogram(
+            "sidecar_publish_duration_seconds",
+            "From an event's arrival to the broker's answer.",
+            ["broker", "topic", "result"],
+            buckets=_BUCKETS,
+            registry=self.registry,
+        )
+        self._delivered = Counter(
+            "sidecar_delivered_events_total",
+            "Deliveries that ended, by how.",
+            ["subscription", "result"],
+            registry=self.registry,
+        )
+        self._dead_letters = Counter(
+            "sidecar_dead_letters_total",
+            "Events that were stored as dead letters.",
+            ["subscription", "reason"],
+            registry=self.registry,
+        )
+        self._reconnects = Counter(
+            "sidecar_broker_reconnects_total",
+            "Times the connection came back.",
+            ["broker"],
+            registry=self.registry,
+        )
+        build = Gauge(
+            "sidecar_build_info",
+            "Always 1; the labels tell the version.",
+            ["version", "python"],
+            registry=self.registry,
+        )
+        build.labels(sidecar.__version__, platform.python_version()).set(1)
+        self._counts: dict[tuple[str, str, str, str], Counter] = {}
+
+    def published(self, fact: Published) -> None:
+        counts: dict[tuple[str, str], int] = {}
+        for outcome in fact.outcomes:
+            key = _result(outcome)
+            counts[key] = counts.get(key, 0) + 1
+        for (result, error), count in counts.items():
+            labels = (fact.broker, fact.topic, result, error)
+            counter = self._counts.get(labels)
+            if counter is None:
+                counter = self._counts[labels] = self._published.labels(*labels)
+            counter.inc(count)
+        if fact.broker:
+            result = next(iter(counts))[0]
+            self._publish_duration.labels(fact.broker, fact.topic, result).observe(fact.seconds)
+
+    def settled(self, fact: Settled) -> None:
+        self._delivered.labels(fact.subscription, fact.result).inc(fact.count)
+
+    def dead_lettered(self, fact: DeadLettered) -> None:
+        self._dead_letters.labels(fact.subscription, fact.reason).inc()
+
+    def reconnected(self, broker: str) -> None:
+        self._reconnects.labels(broker).inc()
+
+    def look_at(
+        self,
+        brokers: Callable[[], Sequence[BrokerGauges]],
+        subscriptions: Callable[[], Sequence[SubscriptionGauges]],
+    ) -> None:
+        """Where gauges come from: looked at when scraped, so the path of an event pays nothing."""
+        self.registry.register(_Gauges(brokers, subscriptions))
+
+
+_RESULTS = {
+    Durability.STORED: "stored",
+    Durability.SENT: "sent",
+    Durability.SPOOLED: "spooled",
+}
+
+
+def _result(outcome: object) -> tuple[str, str]:
+    if type(outcome) is Receipt:
+        return ("duplicate" if outcome.duplicate else _RESULTS[outcome.durability]), ""
+    return "failed", getattr(outcome, "code", "")
+
+
+class _Gauges(Collector):
+    def __init__(
+        self,
+        brokers: Callable[[], Sequence[BrokerGauges]],
+        subscriptions: Callable[[], Sequence[SubscriptionGauges]],
+    ) -> None:
+        self._brokers = brokers
+        self._subscriptions = subscriptions
+
+    def collect(self) -> Iterable[Metric]:
+        brokers, subscriptions = self._brokers(), self._subscriptions()
+        for name, text, field in (
+            ("sidecar_broker_connected", "1 when connected.", "connected"),
+            ("sidecar_publish_queue_events", "Published, not answered yet.", "pending_events"),
+            ("sidecar_publish_queue_bytes", "Bytes published, not answered yet.", "pending_bytes"),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=["broker"])
+            for broker in brokers:
+                gauge.add_metric([broker.name], float(getattr(broker, field)))
+            yield gauge
+        for name, text, field in (
+            ("sidecar_in_flight_events", "Handed over, not settled.", "in_flight"),
+            ("sidecar_retry_waiting_events", "Failed, waiting to be tried again.", "retry_waiting"),
+            ("sidecar_lanes", "Keys with events here.", "lanes"),
+            ("sidecar_dropped_events", "Lost since the subscription opened; 0 is right.", "dropped"),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=["subscription"])
+            for subscription in subscriptions:
+                gauge.add_metric([subscription.name], float(getattr(subscription, field)))
+            yield gauge

@@ -1,0 +1,280 @@
+"""Protobuf messages to values and back. No I/O; hot: one call per event, both ways."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sidecar.config import Retry as RetrySettings
+from sidecar.config import Subscription as SubscriptionSettings
+from sidecar.errors import InvalidRequest, SidecarError
+from sidecar.event import NOTHING, Event, Position, Receipt, Settlement, Verdict
+from sidecar.wire import status
+from sidecar.wire.cloudevents import Defaults, make_event
+from sidecar.wire.timestamps import format_rfc3339
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from google.protobuf.duration_pb2 import Duration
+
+    from sidecar.broker import Start
+    from sidecar.event import Outcome
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from sidecar.v1 import event_pb2, pubsub_pb2
+
+_NS = 1_000_000_000
+MAX_NS = 253_402_300_799 * _NS
+"""The end of the year 9999, as far as RFC 3339 goes."""
+
+
+def event_from(message: event_pb2.Event, defaults: Defaults) -> Event:
+    """A published event, checked and completed. Raises InvalidEvent."""
+    time_ns = None
+    if message.HasField("time"):
+        time = message.time
+        time_ns = time.seconds * _NS + time.nanos
+    return make_event(
+        id=message.id,
+        source=message.source,
+        type=message.type,
+        time_ns=time_ns,
+        data=message.data if message.HasField("data") else None,
+        key=message.key,
+        content_type=message.data_content_type,
+        subject=message.subject,
+        schema=message.data_schema,
+        extensions=dict(message.extensions) if message.extensions else NOTHING,
+        headers=dict(message.headers) if message.headers else NOTHING,
+        defaults=defaults,
+    )
+
+
+def events_from(
+    messages: Iterable[event_pb2.Event], defaults: Defaults
+) -> list[Event | SidecarError]:
+    """The events of one request, in order; a bad one is its error."""
+    events: list[Event | SidecarError] = []
+    for message in messages:
+        try:
+            events.append(event_from(message, defaults))
+        except SidecarError as error:  # noqa: PERF203 - a bad event fails alone
+            events.append(error)
+    return events
+
+
+def event_to(event: Event) -> event_pb2.Event:
+    seconds, nanos = divmod(event.time_ns, _NS)
+    return event_pb2.Event(
+        id=event.id,
+        source=event.source,
+        type=event.type,
+        subject=event.subject,
+        time=Timestamp(seconds=seconds, nanos=nanos),
+        key=event.key,
+        data_content_type=event.content_type,
+        data_schema=event.schema,
+        data=event.data,
+        extensions=event.extensions or None,
+        headers=event.headers or None,
+    )
+
+
+def position_to(position: Position) -> event_pb2.Position:
+    return event_pb2.Position(
+        stream=position.stream,
+        sequence=position.sequence,
+        partition=position.partition,
+        offset=position.offset,
+    )
+
+
+def position_from(message: event_pb2.Position) -> Position:
+    return Position(
+        stream=message.stream,
+        sequence=message.sequence,
+        partition=message.partition if message.HasField("partition") else None,
+        offset=message.offset if message.HasField("offset") else None,
+    )
+
+
+def results_to(outcomes: Iterable[Outcome]) -> list[pubsub_pb2.PublishResult]:
+    results = []
+    for outcome in outcomes:
+        if type(outcome) is Receipt:
+            position = outcome.position
+            results.append(
+                pubsub_pb2.PublishResult(
+                    receipt=event_pb2.Receipt(
+                        event_id=outcome.event_id,
+                        broker=outcome.broker,
+                        topic=outcome.topic,
+                        durability=outcome.durability,  # type: ignore[arg-type] # same numbers
+                        duplicate=outcome.duplicate,
+                        position=None if position is None else position_to(position),
+                    )
+                )
+            )
+        else:
+            assert isinstance(outcome, SidecarError)  # noqa: S101 - Outcome is one or the other
+            results.append(pubsub_pb2.PublishResult(failure=failure_to(outcome)))
+    return results
+
+
+def failure_to(error: SidecarError) -> event_pb2.Failure:
+    failure = event_pb2.Failure(
+        reason=error.code,
+        message=error.message,
+        retryable=error.retryable,
+        code=status.code_of(error),
+        metadata=error.metadata,
+    )
+    if error.retry_after is not None:
+        failure.retry_after.CopyFrom(status.duration(error.retry_after))
+    return failure
+
+
+_VERDICTS = {int(verdict): verdict for verdict in Verdict}
+
+
+def settlements_from(messages: Iterable[pubsub_pb2.Settlement]) -> list[Settlement]:
+    """Raises InvalidRequest for a settlement without a verdict, or with a negative delay."""
+    settlements = []
+    for message in messages:
+        verdict = _VERDICTS.get(message.verdict)
+        if verdict is None:
+            raise InvalidRequest(
+                f"settlement of {message.token!r}: verdict is missing or unknown; use VERDICT_ACK, "
+                "VERDICT_NACK, VERDICT_REJECT or VERDICT_EXTEND",
+                field="settlements.verdict",
+            )
+        if verdict is Verdict.ACK:
+            settlements.append(Settlement(message.token, verdict))
+            continue
+        delay = seconds_of(message, "delay")
+        settlements.append(
+            Settlement(message.token, verdict, delay, message.reason, message.uncounted)
+        )
+    return settlements
+
+
+def seconds_of(
+    message: pubsub_pb2.Settlement
+    | pubsub_pb2.PublishOptions
+    | pubsub_pb2.PullRequest
+    | pubsub_pb2.SubscriptionSpec
+    | pubsub_pb2.RetryPolicy,
+    field: str,
+) -> float | None:
+    """A Duration field in seconds, None when unset. Raises InvalidRequest when negative or huge."""
+    if not message.HasField(field):
+        return None
+    value: Duration = getattr(message, field)
+    seconds = value.seconds + value.nanos / 1e9
+    if not 0 <= seconds <= 365 * 86400:
+        raise InvalidRequest(f"{field}: {seconds} s is not between 0 and a year", field=field)
+    return seconds
+
+
+_ORDERING = {0: "key", 1: "key", 2: "none"}
+
+
+def subscription_from(message: pubsub_pb2.SubscriptionSpec) -> dict[str, object]:
+    """An inline description in the keys of [[subscriptions]], so that one check serves both."""
+    described: dict[str, object] = {
+        "name": message.name,
+        "topic": message.topic,
+        "ordering": _ORDERING.get(message.ordering, ""),
+        "event_types": list(message.event_types),
+    }
+    if message.broker:
+        described["broker"] = message.broker
+    if message.max_in_flight:
+        described["max_in_flight"] = message.max_in_flight
+    lease = seconds_of(message, "lease")
+    if lease is not None:
+        described["lease_seconds"] = lease
+    if message.HasField("start"):
+        described["start"] = _start_text(message.start)
+    if message.HasField("retry"):
+        described["retry"] = _retry_from(message.retry)
+    dead_letter = {
+        key: value
+        for key, value in (
+            ("topic", message.dead_letter_topic),
+            ("broker", message.dead_letter_broker),
+        )
+        if value
+    }
+    if dead_letter:
+        described["dead_letter"] = dead_letter
+    return described
+
+
+def _retry_from(message: pubsub_pb2.RetryPolicy) -> dict[str, object]:
+    policy: dict[str, object] = {
+        name: getattr(message, name)
+        for name in ("max_attempts", "multiplier", "jitter")
+        if message.HasField(name)
+    }
+    for name in ("initial", "max", "total"):
+        seconds = seconds_of(message, name)
+        if seconds is not None:
+            policy[f"{name}_seconds"] = seconds
+    return policy
+
+
+def _start_text(message: event_pb2.StartPosition) -> str:
+    kind = message.WhichOneof("start")
+    if kind == "time":
+        return format_rfc3339(_timestamp_ns(message.time, "start.time"))
+    if kind == "position":
+        raise InvalidRequest(
+            "start.position is not for a new subscription: start it at earliest, latest or a time, "
+            "and move it with Admin.SeekSubscription",
+            field="start.position",
+        )
+    return "latest" if kind == "latest" else "earliest"
+
+
+def _timestamp_ns(message: Timestamp, field: str) -> int:
+    time_ns = message.seconds * _NS + message.nanos
+    if not 0 <= time_ns <= MAX_NS:
+        raise InvalidRequest(f"{field}: not between 1970 and 9999", field=field)
+    return time_ns
+
+
+def start_from(message: event_pb2.StartPosition) -> Start:
+    """Where to seek to. Raises InvalidRequest when nothing is named."""
+    from sidecar.broker import Start
+
+    kind = message.WhichOneof("start")
+    if kind == "earliest":
+        return Start()
+    if kind == "latest":
+        return Start(latest=True)
+    if kind == "time":
+        return Start(time_ns=_timestamp_ns(message.time, "to.time"))
+    if kind == "position":
+        return Start(position=position_from(message.position))
+    raise InvalidRequest("to: name earliest, latest, time or position", field="to")
+
+
+def subscription_to(settings: SubscriptionSettings) -> pubsub_pb2.SubscribeOpened:
+    retry: RetrySettings = settings.retry
+    return pubsub_pb2.SubscribeOpened(
+        subscription=settings.name,
+        topic=settings.topic,
+        lease=status.duration(settings.lease_seconds),
+        max_attempts=retry.max_attempts,
+    )
+
+
+def settle_results_to(
+    results: Sequence[tuple[str, SidecarError | None]],
+) -> list[pubsub_pb2.SettleResult]:
+    return [
+        pubsub_pb2.SettleResult(token=token, failure=None if error is None else failure_to(error))
+        for token, error in results
+    ]
