@@ -132,9 +132,10 @@ def from_json_fields(
         time_ns=parse_time(time) if time else time_ns,
         data=_data(fields, content_type),
         content_type=content_type,
+        key=attributes.pop("partitionkey", ""),
         subject=attributes.pop("subject", ""),
         schema=attributes.pop("dataschema", ""),
-        extensions=attributes,
+        extensions=attributes or NOTHING,
         headers=headers,
         trust_headers=True,
     )
@@ -251,7 +252,6 @@ def _kind(content_type: str) -> Literal["json", "text", "binary"]:
 
 _TRACE_HEADERS = frozenset((b"traceparent", b"tracestate", b"baggage"))
 _BINARY_MARKS = frozenset((b"ce-specversion", b"ce-id", b"ce-type", b"ce-source"))
-_CORE_HEADERS = {f"ce-{name}".encode(): name for name in (*CORE_ATTRIBUTES, "partitionkey")}
 _PREFIX_LENGTH = len(STRUCTURED_PREFIX)
 
 
@@ -273,7 +273,7 @@ def from_http(
 
     Raises MalformedBody and UnsupportedMediaType for the request as a whole.
     """
-    pairs = list(headers)
+    pairs = headers if isinstance(headers, list) else list(headers)
     fields = dict(pairs)
     content_type = _text(fields.get(b"content-type", b"")).strip(" \t")
     beside: Mapping[str, str] = NOTHING
@@ -344,17 +344,15 @@ def _from_http_body(
 def _from_http_binary(
     fields: Mapping[bytes, bytes], content_type: str, data: bytes | None, headers: Mapping[str, str]
 ) -> Event:
-    attributes: dict[str, str] = {}
-    for raw_name, raw in fields.items():
-        name = _CORE_HEADERS.get(raw_name)
-        if name is None:
-            if raw_name[:3] != b"ce-":
-                continue
-            name = _text(raw_name[3:])
-        value = raw.decode("utf-8", "surrogateescape")
-        if "%" in value or '"' in value:
-            value = percent_decode(name, value)
-        attributes[name] = value
+    # Bytes that are not UTF-8 become lone surrogates, which the checks refuse.
+    attributes = {
+        name[3:].decode("utf-8", "surrogateescape"): value.decode("utf-8", "surrogateescape")
+        for name, value in fields.items()
+        if name[:3] == b"ce-"
+    }
+    joined = b"".join(fields.values())
+    if b"%" in joined or b'"' in joined:
+        attributes = {name: percent_decode(name, value) for name, value in attributes.items()}
     check_binary(attributes, where="the header ce-")
     del attributes["specversion"]
     # The binding forbids this header: Content-Type says it.
@@ -367,16 +365,17 @@ def _from_http_binary(
         time_ns=parse_time(time) if time else None,
         data=data,
         content_type=content_type or other_type,
+        key=attributes.pop("partitionkey", ""),
         subject=attributes.pop("subject", ""),
         schema=attributes.pop("dataschema", ""),
-        extensions=attributes,
+        extensions=attributes or NOTHING,
         headers=headers,
         trust_headers=True,
     )
 
 
 def _text(raw: bytes) -> str:
-    """Bytes that are not UTF-8 become lone surrogates, which the attribute's check refuses."""
+    """Never raises: bytes that are not UTF-8 become lone surrogates, which the checks refuse."""
     return raw.decode("utf-8", "surrogateescape")
 
 

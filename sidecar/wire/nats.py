@@ -168,9 +168,9 @@ def _decode_ours(match: re.Match[str], payload: bytes, defaults: Defaults) -> Ev
     *values, extensions, lines = match.groups("")
     headers = NOTHING
     if lines:
-        pairs = [line.split(": ", 1) for line in lines.split("\r\n")[:-1]]
-        headers = {name: value for name, value in pairs}  # noqa: C416 -
-        if len(headers) != len(pairs):
+        found = [line.partition(": ") for line in lines.split("\r\n")[:-1]]
+        headers = {name: value for name, _, value in found}
+        if len(headers) != len(found):
             return None
     if extensions or match.end() > MAX_ATTRIBUTE_BYTES or "%" in match.string:
         attributes = {name: value for name, value in zip(_OUR_ORDER, values, strict=True) if value}
@@ -243,7 +243,7 @@ def _decode_binary(
     defaults: Defaults,
 ) -> Event:
     for name, value in attributes.items():
-        if "%" in value or '"' in value:
+        if "%" in value or '"' in value:  # percent_decode would look too, but a call costs more
             attributes[name] = percent_decode(name, value)
     check_binary(attributes, where="the header ce-")
     del attributes["specversion"]
@@ -257,9 +257,10 @@ def _decode_binary(
         time_ns=parse_time(time) if time else defaults.time_ns,
         data=payload if payload or content_type else None,
         content_type=content_type,
+        key=attributes.pop("partitionkey", ""),
         subject=attributes.pop("subject", ""),
         schema=attributes.pop("dataschema", ""),
-        extensions=attributes,
+        extensions=attributes or NOTHING,
         headers=headers,
         trust_headers=True,
     )
