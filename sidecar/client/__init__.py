@@ -1,0 +1,60 @@
+"""
+The asyncio client of a sidecar, for Python apps and for our own command line.
+
+    async with Sidecar() as sidecar:
+        [receipt] = await sidecar.publish("orders.created", [new_event("orders.created", {"id": 1})])
+
+        async with sidecar.subscribe("billing") as deliveries:
+            async for delivery in deliveries:
+                delivery.ack()
+
+A call that fails as a whole raises CallFailed. One event or one settlement of a batch that fails is
+a value in the answer (PublishFailed, SettleFailed), and its neighbours are not affected.
+"""
+
+from sidecar.client.connection import Sidecar, default_target
+from sidecar.client.consumer import Consumer, StreamDelivery
+from sidecar.client.values import (
+    BrokerStatus,
+    CallFailed,
+    Delivery,
+    Failure,
+    Opened,
+    PublishFailed,
+    RetryPolicy,
+    RouteStatus,
+    SettleFailed,
+    StartAt,
+    Status,
+    SubscriptionSpec,
+    SubscriptionStatus,
+    new_event,
+)
+from sidecar.event import Durability, Event, Position, Receipt, Settlement, Verdict
+
+__all__ = [
+    "BrokerStatus",
+    "CallFailed",
+    "Consumer",
+    "Delivery",
+    "Durability",
+    "Event",
+    "Failure",
+    "Opened",
+    "Position",
+    "PublishFailed",
+    "Receipt",
+    "RetryPolicy",
+    "RouteStatus",
+    "SettleFailed",
+    "Settlement",
+    "Sidecar",
+    "StartAt",
+    "Status",
+    "StreamDelivery",
+    "SubscriptionSpec",
+    "SubscriptionStatus",
+    "Verdict",
+    "default_target",
+    "new_event",
+]

@@ -1,0 +1,200 @@
+"""What the client is asked and answers: frozen values, and the error of a whole call."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from sidecar.event import NOTHING, Event, Position
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+StartAt = Literal["earliest", "latest"] | datetime | Position
+"""Where a subscription starts or is moved to. A datetime has a time zone."""
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why one event or one settlement of a batch failed. *retry_after* is in seconds."""
+
+    reason: str
+    """Stable and meant for programs, as "EVENT_TOO_LARGE"."""
+    message: str
+    retryable: bool = False
+    retry_after: float | None = None
+    code: str = "UNKNOWN"
+    """The name of the gRPC status that the same failure has when it fails a whole call."""
+    metadata: Mapping[str, str] = NOTHING
+
+
+class PublishFailed(Failure, frozen=True):
+    """One event was not published; with OUTCOME_UNKNOWN it may have been."""
+
+
+class SettleFailed(Failure, frozen=True):
+    """One settlement did not count."""
+
+    token: str = ""
+
+
+class CallFailed(Exception):
+    """
+    A call failed as a whole.
+
+    *code* is the name of the gRPC status. *reason* is the sidecar's own, as "SUBSCRIPTION_MISSING";
+    it is empty when no sidecar answered, as when it is not running (code "UNAVAILABLE").
+    """
+
+    def __init__(
+        self,
+        code: str,
+        reason: str,
+        message: str,
+        *,
+        retryable: bool,
+        metadata: Mapping[str, str] = NOTHING,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(f"{reason or code}: {message}")
+        self.code = code
+        self.reason = reason
+        self.message = message
+        self.retryable = retryable
+        self.metadata = metadata
+        self.retry_after = retry_after
+        """Seconds to wait before the next try, where the sidecar says so."""
+
+
+class RetryPolicy(msgspec.Struct, frozen=True):
+    """How failed deliveries are tried again. None: the configuration's default."""
+
+    max_attempts: int | None = None
+    initial_seconds: float | None = None
+    max_seconds: float | None = None
+    multiplier: float | None = None
+    jitter: float | None = None
+    total_seconds: float | None = None
+
+
+class SubscriptionSpec(msgspec.Struct, frozen=True):
+    """A subscription described by the app; what is left out has the configuration's default."""
+
+    name: str
+    """Durable, and shared by all who use it."""
+    topic: str
+    """A topic, or a pattern with "*" (one token) and ">" (the rest)."""
+    broker: str = ""
+    ordering: Literal["", "key", "none"] = ""
+    max_in_flight: int = 0
+    lease_seconds: float | None = None
+    retry: RetryPolicy | None = None
+    dead_letter_topic: str = ""
+    dead_letter_broker: str = ""
+    start: StartAt | None = None
+    """For a new subscription only; one that exists goes on where it was."""
+    event_types: Sequence[str] = ()
+
+
+class Opened(msgspec.Struct, frozen=True):
+    """What the sidecar says when a subscription is open."""
+
+    subscription: str
+    broker: str
+    topic: str
+    lease_seconds: float
+    """Settle or extend each delivery within this time."""
+    max_attempts: int
+
+
+class Delivery(msgspec.Struct, frozen=True):
+    """One attempt (1 for the first) to hand one event to the app. Settle it by its token."""
+
+    token: str
+    event: Event
+    topic: str
+    attempt: int
+    position: Position | None
+
+
+class BrokerStatus(msgspec.Struct, frozen=True):
+    name: str
+    type: str
+    connected: bool
+    since: datetime | None
+    detail: str
+    reconnects: int
+    pending_events: int
+
+
+class RouteStatus(msgspec.Struct, frozen=True):
+    topic: str
+    event_type: str
+    broker: str
+
+
+class SubscriptionStatus(msgspec.Struct, frozen=True):
+    """*state* is connecting, active, paused or draining; *lag_events* is None where unknown."""
+
+    name: str
+    topic: str
+    broker: str
+    ordering: str
+    state: str
+    detail: str
+    consumers: int
+    in_flight_events: int
+    waiting_events: int
+    retry_waiting_events: int
+    lag_events: int | None
+    declared: bool
+
+
+class Status(msgspec.Struct, frozen=True):
+    """What the sidecar is connected to, routes where, and how its subscriptions do."""
+
+    version: str
+    app: str
+    started_at: datetime | None
+    ready: bool
+    not_ready: Sequence[str]
+    draining: bool
+    brokers: Sequence[BrokerStatus]
+    routes: Sequence[RouteStatus]
+    subscriptions: Sequence[SubscriptionStatus]
+
+
+def new_event(
+    type: str,  # noqa: A002 - the attribute's name
+    data: object = None,
+    *,
+    id: str = "",  # noqa: A002
+    source: str = "",
+    key: str = "",
+    subject: str = "",
+    content_type: str = "",
+    time_ns: int = 0,
+    extensions: Mapping[str, str] = NOTHING,
+    headers: Mapping[str, str] = NOTHING,
+) -> Event:
+    """
+    An event to publish. What is empty is filled in by the sidecar: id, source, time.
+
+    *data*: bytes as they are, None for no data; anything else becomes JSON, with its content type.
+    """
+    if data is not None and not isinstance(data, bytes):
+        data = msgspec.json.encode(data)
+        content_type = content_type or "application/json"
+    return Event(
+        id=id,
+        source=source,
+        type=type,
+        time_ns=time_ns,
+        data=data,
+        key=key,
+        content_type=content_type,
+        subject=subject,
+        extensions=extensions,
+        headers=headers,
+    )
