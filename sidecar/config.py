@@ -456,7 +456,7 @@ def check_subscription(described: dict[str, object]) -> Subscription:
         return Subscription.model_validate(described)
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_input=False)
-    raise ConfigInvalid([_line(_problem(item, Subscription), {}) for item in wrong])
+    raise ConfigInvalid([_line(_problem(item, Subscription), described, {}) for item in wrong])
 
 
 def start_time_ns(start: str) -> int | None:
@@ -542,7 +542,7 @@ def _checked(
     if config is None or problems:
         tables = list(Config.model_fields)
         problems.sort(key=lambda p: tables.index(t) if (t := _first(p.path)) in tables else -1)
-        raise ConfigInvalid([_line(problem, overlay) for problem in problems])
+        raise ConfigInvalid([_line(problem, data, overlay) for problem in problems])
     return _with_defaults(config)
 
 
@@ -573,13 +573,24 @@ def _with_defaults(config: Config) -> Config:
     return config
 
 
-def _line(problem: _Problem, overlay: Mapping[KeyPath, _Variable]) -> str:
+def _line(problem: _Problem, data: object, overlay: Mapping[KeyPath, _Variable]) -> str:
     path, text = problem
     line = f"{_dotted(path)}: {text}" if path else text
-    for end in range(len(path), 0, -1):
-        if path[:end] in overlay:
-            return f"{line} (from {overlay[path[:end]].name})"
-    return line
+    # Above or below: SIDECAR_GPRC__ADDRESS sets gprc.address, and gprc is what is unknown.
+    there = _existing(data, path)
+    sources = [v.name for set_, v in overlay.items() if set_[: len(there)] == there[: len(set_)]]
+    return f"{line} (see {_list(sources)})" if there and sources else line
+
+
+def _existing(data: object, path: KeyPath) -> KeyPath:
+    """The part of *path* that is there: of a key that is missing, the table that misses it."""
+    for i, part in enumerate(path):
+        items = enumerate(data) if isinstance(data, list) else _table(data).items()
+        inside: dict[object, object] = dict(items)
+        if part not in inside:
+            return path[:i]
+        data = inside[part]
+    return path
 
 
 def _dotted(path: KeyPath) -> str:
