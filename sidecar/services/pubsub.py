@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sidecar.config import Limits
 from sidecar.delivery.consumers import Delivery
@@ -24,6 +24,9 @@ from sidecar.services.rpc import Call, UnaryMethod
 from sidecar.v1 import pubsub_pb2 as pb
 from sidecar.wire import proto, status
 from sidecar.wire.cloudevents import Defaults
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +67,9 @@ class PubSub:
         events = proto.events_from(request.events, self._defaults_for(topic))
         options = _options(request.options) if request.HasField("options") else {}
         outcomes = await self._publisher.publish(topic, events, **options)
-        return pb.PublishResponse(results=proto.results_to(outcomes))
+        response = pb.PublishResponse()
+        proto.put_results(response.results, outcomes)
+        return response
 
     async def publish_events(
         self, topic: str, events: Sequence[Event | SidecarError], call: Call
@@ -95,10 +100,9 @@ class PubSub:
         deliveries = await self._hub.pull(
             subscription, request.max_events or 1, min(wait, MAX_PULL_SECONDS)
         )
-        return pb.PullResponse(
-            deliveries=[delivery_to(delivery) for delivery in deliveries],
-            lease=status.duration(subscription.settings.lease_seconds),
-        )
+        response = pb.PullResponse(lease=status.duration(subscription.settings.lease_seconds))
+        put_deliveries(response.deliveries, deliveries)
+        return response
 
     async def settle(self, request: pb.SettleRequest, call: Call) -> pb.SettleResponse:
         if not request.settlements:
@@ -194,7 +198,9 @@ class StreamConsumer:
         self._ended: Exception | None = None
 
     def deliver(self, deliveries: Sequence[Delivery]) -> None:
-        self._put(pb.SubscribeResponse(deliveries=[delivery_to(d) for d in deliveries]))
+        response = pb.SubscribeResponse()
+        put_deliveries(response.deliveries, deliveries)
+        self._put(response)
 
     def reject(self, rejected: Sequence[tuple[str, SidecarError | None]]) -> None:
         self._put(pb.SubscribeResponse(rejected_settlements=proto.settle_results_to(rejected)))
@@ -256,9 +262,9 @@ class PublishStream:
     def _results(self, sequence: int, done: asyncio.Future[Sequence[Outcome]]) -> None:
         if done.cancelled():
             return
-        self._answer(
-            pb.PublishStreamResponse(sequence=sequence, results=proto.results_to(done.result()))
-        )
+        response = pb.PublishStreamResponse(sequence=sequence)
+        proto.put_results(response.results, done.result())
+        self._answer(response)
 
     def _answer(self, response: pb.PublishStreamResponse) -> None:
         self._answers.append(response)
@@ -281,15 +287,19 @@ class PublishStream:
             await self._answered.wait()
 
 
-def delivery_to(delivery: Delivery) -> pb.Delivery:
-    position = delivery.position
-    return pb.Delivery(
-        token=delivery.token,
-        event=proto.event_to(delivery.event),
-        topic=delivery.topic,
-        attempt=delivery.attempt,
-        position=None if position is None else proto.position_to(position),
-    )
+def put_deliveries(
+    messages: RepeatedCompositeFieldContainer[pb.Delivery], deliveries: Sequence[Delivery]
+) -> None:
+    """Fill an empty repeated field."""
+    add = messages.add
+    for delivery in deliveries:
+        message = add()
+        message.token = delivery.token
+        message.topic = delivery.topic
+        message.attempt = delivery.attempt
+        proto.put_event(message.event, delivery.event)
+        if delivery.position is not None:
+            proto.put_position(message.position, delivery.position)
 
 
 def _options(options: pb.PublishOptions) -> dict[str, Any]:
