@@ -82,6 +82,7 @@ class Subscription:
         self._acks: list[Held] = []
         self._dispatch_due = False
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
         self._wake = asyncio.Event()
         self._next_consumer = 0
         self._tasks: asyncio.TaskGroup | None = None
@@ -315,13 +316,14 @@ class Subscription:
     def _arm(self) -> None:
         """One timer, for the earliest lease or retry."""
         due = self.window.next_time()
-        timer = self._timer
         if due is None:
             return
-        if timer is not None and not timer.cancelled():
-            if timer.when() <= due:
+        if self._timer is not None:
+            if self._timer_due <= due:
                 return
-            timer.cancel()
+            self._timer.cancel()
+        # Non-obvious: uvloop's handle does not tell its time when that has passed already.
+        self._timer_due = due
         self._timer = asyncio.get_running_loop().call_at(due, self._time_is_up)
 
     def _time_is_up(self) -> None:

@@ -120,17 +120,20 @@ class GrpcDoor:
     # -- streams
 
     async def _publish_stream(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
-        stream = self._pubsub.publish_stream()
+        stream, send = self._pubsub.publish_stream(), _writer(context)
 
         async def write() -> None:
             async for answer in stream.answers():
-                await context.write(answer)
+                await send(answer)
 
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(write())
-            while (request := await context.read()) is not grpc.aio.EOF:
-                await stream.take(request)
-            stream.end()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(write())
+                while (request := await context.read()) is not grpc.aio.EOF:
+                    await stream.take(request)
+                stream.end()
+        except* ConnectionError:
+            pass  # the client has gone; what it published is published
 
     async def _subscribe(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         async def read() -> pb.SubscribeRequest | None:
@@ -138,14 +141,26 @@ class GrpcDoor:
             return None if message is grpc.aio.EOF else message
 
         try:
-            await self._pubsub.consume(read, context.write)
+            await self._pubsub.consume(read, _writer(context))
         except SidecarError as error:
             await _abort(context, error)
-        except grpc.aio.AbortError:
-            raise
         except Exception:
             log.exception("Subscribe failed")
             await _abort(context, _internal("Subscribe"))
+
+
+def _writer(context: grpc.aio.ServicerContext) -> Callable[[Message], Awaitable[None]]:
+    """context.write, with one error for a client that has gone: ConnectionError."""
+
+    async def write(message: Message) -> None:
+        try:
+            await context.write(message)
+        except grpc.aio.UsageError:
+            raise
+        except Exception as error:  # cygrpc's own classes are not public
+            raise ConnectionResetError("the client has gone") from error
+
+    return write
 
 
 def _unary(

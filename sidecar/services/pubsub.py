@@ -116,7 +116,8 @@ class PubSub:
         write: Callable[[pb.SubscribeResponse], Awaitable[None]],
     ) -> None:
         """
-        One Subscribe stream: *read* gives None when the client has said all, *write* sends.
+        One Subscribe stream: *read* gives None when the client has said all, *write* sends, and
+        raises ConnectionError when the client has gone.
 
         Returns when the client ended it. Raises SidecarError for a bad opening, or when the
         subscription ends.
@@ -138,6 +139,8 @@ class PubSub:
                 clean = reading.done() and not reading.cancelled() and not reading.exception()
                 reading.cancel()
                 writing.cancel()
+        except* ConnectionError:
+            pass  # the consumer has gone, and is told nothing
         except* SidecarError as group:
             raise group.exceptions[0] from None
         finally:
