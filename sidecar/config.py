@@ -26,7 +26,13 @@ from pydantic import (
 )
 
 from sidecar.errors import ConfigInvalid, InvalidTopic
-from sidecar.event import check_pattern, check_topic, pattern_matcher
+from sidecar.event import (
+    check_pattern,
+    check_topic,
+    pattern_covers,
+    pattern_matcher,
+    patterns_overlap,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -722,31 +728,14 @@ def _routed(topic: str, routes: list[dict[str, object]]) -> object:
     """The broker of a subscription to *topic*. None: unknown, or decided when it runs."""
     first = next((route for route in routes if _may_match(route, topic)), None)
     pattern = first and first.get("topic")
-    covered = isinstance(pattern, str) and _covers(pattern, topic)
+    covered = isinstance(pattern, str) and pattern_covers(pattern, topic)
     return first.get("broker") if first and covered else None
 
 
 def _may_match(route: dict[str, object], topic: str) -> bool:
     """A route that asks for an event type says nothing of subscriptions."""
     pattern = route.get("topic", ">")
-    return "event_type" not in route and (not isinstance(pattern, str) or _overlap(pattern, topic))
-
-
-def _covers(pattern: str, other: str) -> bool:
-    """Every topic of *other*, itself a pattern, is one of *pattern*."""
-    open_end = other.endswith(">") and not pattern.endswith(">")
-    return not open_end and pattern_matcher(pattern).fullmatch(other) is not None
-
-
-def _overlap(one: str, other: str) -> bool:
-    """There is a topic that both patterns match."""
-    left, right = one.split("."), other.split(".")
-    for pair in zip(left, right, strict=False):
-        if ">" in pair:
-            return True
-        if pair[0] != pair[1] and "*" not in pair:
-            return False
-    return len(left) == len(right)
+    return "event_type" not in route and (not isinstance(pattern, str) or patterns_overlap(pattern, topic))
 
 
 def _comes_back(topic: str, template: str) -> bool:

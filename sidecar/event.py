@@ -149,3 +149,20 @@ def pattern_matcher(pattern: str) -> re.Pattern[str]:
         else:
             parts.append(re.escape(token))
     return re.compile(r"\.".join(parts))
+
+
+def pattern_covers(pattern: str, other: str) -> bool:
+    """Every topic of *other*, itself a topic or a pattern, is one of *pattern*."""
+    open_end = other.endswith(">") and not pattern.endswith(">")
+    return not open_end and pattern_matcher(pattern).fullmatch(other) is not None
+
+
+def patterns_overlap(one: str, other: str) -> bool:
+    """There is a topic that both patterns match."""
+    left, right = one.split("."), other.split(".")
+    for pair in zip(left, right, strict=False):
+        if ">" in pair:
+            return True
+        if pair[0] != pair[1] and "*" not in pair:
+            return False
+    return len(left) == len(right)

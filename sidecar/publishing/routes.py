@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sidecar.config import Route
 from sidecar.errors import NoRoute
-from sidecar.event import pattern_matcher
+from sidecar.event import pattern_covers, pattern_matcher, patterns_overlap
 
 MAX_REMEMBERED = 4096
 
@@ -50,14 +50,20 @@ class Routes:
         """
         The route of a subscription's topic, which may be a pattern. Raises NoRoute.
 
-        A route that asks for an event type says nothing of topics, so it is passed over.
+        A route that asks for an event type says nothing of topics, so it is passed over. The first
+        route that has a part of the pattern must have all of it.
         """
-        for topic_matcher, type_matcher, route in self._matchers:
-            if type_matcher is None and topic_matcher is not None:
-                if route.topic == pattern or route.topic == ">":
-                    return route
-                if topic_matcher.fullmatch(pattern.replace("*", "x").replace(">", "x")):
-                    return route
+        for route in self.routes:
+            if route.event_type is not None or route.topic is None:
+                continue
+            if pattern_covers(route.topic, pattern):
+                return route
+            if patterns_overlap(route.topic, pattern):
+                raise NoRoute(
+                    f"the topic {pattern!r} goes several ways, by the route {route.topic!r} and others: "
+                    "name the subscription's broker",
+                    topic=pattern,
+                )
         raise NoRoute(
             f"no route for the topic {pattern!r}: add one to [[routes]], or name the subscription's "
             "broker",
