@@ -7,18 +7,16 @@ import gc
 import logging
 import os
 import signal
-import socket
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sidecar import config as settings
 from sidecar.broker import Broker, BrokerState
 from sidecar.brokers.memory import MemoryBroker
 from sidecar.brokers.nats.core import NatsBroker
 from sidecar.brokers.nats.jetstream import JetStreamBroker
-from sidecar.config import Config
 from sidecar.delivery.hub import Hub
 from sidecar.embedded import EmbeddedServer
 from sidecar.errors import ConfigInvalid, SidecarError
@@ -36,6 +34,12 @@ from sidecar.telemetry import logs
 from sidecar.telemetry.metrics import BrokerGauges, Metrics, SubscriptionGauges
 from sidecar.wire.cloudevents import Defaults
 from sidecar.wire.timestamps import now_ns
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Mapping, Sequence
+
+    from sidecar.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +153,8 @@ class App:
         self.brokers = make_brokers(config, embedded)
         started = now_ns()
         self._links = {
-            name: Link(BrokerState(False, "not connected yet"), started) for name in self.brokers
+            name: Link(BrokerState(connected=False, detail="not connected yet"), started)
+            for name in self.brokers
         }
         for name, broker in self.brokers.items():
             broker.on_state = lambda state, name=name: self._link_changed(name, state)  # type: ignore[misc]
@@ -167,9 +172,7 @@ class App:
             except SidecarError as error:
                 raise ConfigInvalid([f"subscriptions[{i}]: {error.message}"]) from error
         defaults = defaults_by_topic(config)
-        pubsub = PubSub(
-            self.publisher, self.hub, defaults_for=defaults, limits=config.limits
-        )
+        pubsub = PubSub(self.publisher, self.hub, defaults_for=defaults, limits=config.limits)
         admin = Admin(
             app=config.app.name,
             started_ns=started,
@@ -239,7 +242,7 @@ class App:
         link = self._links[name]
         if link.state.detail != error.message:
             log.warning("broker %s: %s; trying on", name, error.message)
-            link.state = BrokerState(False, error.message)
+            link.state = BrokerState(connected=False, detail=error.message)
 
     def _link_changed(self, name: str, state: BrokerState) -> None:
         link = self._links[name]
@@ -277,7 +280,7 @@ class App:
             ready = not self.not_ready()
             if ready is not told:
                 told = ready
-                await self._grpc.set_ready(ready)
+                await self._grpc.set_ready(ready=ready)
                 log.info("ready" if ready else "not ready")
             await asyncio.sleep(0.05)
 
@@ -287,7 +290,7 @@ class App:
         """Not ready → nothing new → apps settle → publishes flushed → rest released → brokers closed."""
         deadline = asyncio.get_running_loop().time() + self.config.drain.timeout_seconds
         self._draining = self.publisher.draining = True
-        await self._grpc.set_ready(False)
+        await self._grpc.set_ready(ready=False)
 
         def remaining(reserve: float) -> float:
             return max(0.0, deadline - asyncio.get_running_loop().time() - reserve)
@@ -340,11 +343,10 @@ class App:
         if self._embedded is not None:
             lines.append(f"  data   {config.embedded.data_dir} (embedded nats-server)")
         if config.http.unix_socket:
-            lines += [
-                "publish your first event:",
-                f"  curl --unix-socket {config.http.unix_socket} http://sidecar/v1/topics/orders.created "
-                "-H 'content-type: application/json' -d '{\"order\": 1}'",
-            ]
+            url = "http://sidecar/v1/topics/orders.created"
+            body = "-H 'content-type: application/json' -d '{\"order\": 1}'"
+            lines.append("publish your first event:")
+            lines.append(f"  curl --unix-socket {config.http.unix_socket} {url} {body}")
         return lines
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from sidecar.event import Durability, Event, Outcome, Position
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+
+    from sidecar.event import Durability, Event, Outcome, Position
 
 
 class Capabilities(msgspec.Struct, frozen=True):

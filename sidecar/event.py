@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from sidecar.errors import InvalidTopic, SidecarError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import re
-from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from sidecar.broker import Broker, BrokerState, Capabilities, Incoming, Interest, Source, Start
@@ -14,6 +12,9 @@ from sidecar.event import Durability, Event, Outcome, Position, Receipt, pattern
 from sidecar.wire.timestamps import now_ns
 
 if TYPE_CHECKING:
+    import re
+    from collections.abc import Hashable, Sequence
+
     from sidecar.config import Memory as Settings
 
 STREAM = "memory"
@@ -40,7 +41,7 @@ class MemoryBroker(Broker):
         self._groups: dict[str, _Group] = {}
 
     async def connect(self) -> None:
-        self.on_state(BrokerState(True, "in this process"))
+        self.on_state(BrokerState(connected=True, detail="in this process"))
 
     def publish(
         self, topic: str, events: Sequence[Event], *, broker_ids: Sequence[str] | None = None
@@ -88,7 +89,7 @@ class MemoryBroker(Broker):
     async def close(self) -> None:
         for group in self._groups.values():
             group.end_sources()
-        self.on_state(BrokerState(False, "closed"))
+        self.on_state(BrokerState(connected=False, detail="closed"))
 
 
 class _Log:
@@ -167,7 +168,7 @@ class _Group:
 
     def give_back(self, sequences: Sequence[Hashable]) -> None:
         for sequence in sequences:
-            assert isinstance(sequence, int)  # noqa: S101 - our handles are sequences
+            assert isinstance(sequence, int)
             heapq.heappush(self._again, sequence)
         if sequences:
             self.wake()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from sidecar.event import Event, Position
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sidecar.event import Event, Position
 
 
 class Delivery(msgspec.Struct, frozen=True, gc=False):
@@ -40,9 +42,7 @@ class PullConsumer:
     def __init__(self, max_events: int) -> None:
         self.credit = max_events
         self.max_batch = max_events
-        self.answer: asyncio.Future[Sequence[Delivery]] = (
-            asyncio.get_running_loop().create_future()
-        )
+        self.answer: asyncio.Future[Sequence[Delivery]] = asyncio.get_running_loop().create_future()
 
     def deliver(self, deliveries: Sequence[Delivery]) -> None:
         self.credit = 0

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from sidecar.broker import Incoming
-from sidecar.config import Subscription as Settings
+from typing import TYPE_CHECKING
+
 from sidecar.event import NOTHING, Event, Receipt
-from sidecar.publishing.publisher import Publisher
 from sidecar.wire.timestamps import format_rfc3339, now_ns
+
+if TYPE_CHECKING:
+    from sidecar.broker import Incoming
+    from sidecar.config import Subscription as Settings
+    from sidecar.publishing.publisher import Publisher
 
 PREFIX = "sidecar-dead-letter-"
 MAX_ERROR_LENGTH = 1000
@@ -17,7 +21,13 @@ class DeadLetters:
     """Where one subscription's dead letters go."""
 
     def __init__(
-        self, settings: Settings, publisher: Publisher, *, source_broker: str, broker: str, topic: str
+        self,
+        settings: Settings,
+        publisher: Publisher,
+        *,
+        source_broker: str,
+        broker: str,
+        topic: str,
     ) -> None:
         """*topic* may hold "{topic}", the event's own; *broker* stores, *source_broker* delivered."""
         self._settings = settings

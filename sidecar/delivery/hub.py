@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sidecar import config
@@ -21,9 +20,11 @@ from sidecar.errors import (
     SubscriptionConflict,
     SubscriptionMissing,
 )
-from sidecar.event import Settlement
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sidecar.event import Settlement
     from sidecar.publishing.publisher import Publisher
     from sidecar.telemetry.facts import Facts
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import random
+from typing import TYPE_CHECKING
 
-from sidecar.config import Retry
+if TYPE_CHECKING:
+    import random
+
+    from sidecar.config import Retry
 
 
 def delay_before(attempt: int, policy: Retry, spread: random.Random) -> float:

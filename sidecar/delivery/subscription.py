@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 import secrets
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sidecar.broker import Broker, Interest, Source, Start
+from sidecar.broker import Broker, Incoming, Interest, Source, Start
 from sidecar.delivery.consumers import Consumer, Delivery
+from sidecar.delivery.deadletters import PREFIX
 from sidecar.delivery.retry import delay_before, used_up
 from sidecar.delivery.window import Held, State, Window, handles
 from sidecar.errors import (
@@ -27,6 +26,8 @@ from sidecar.telemetry.facts import DeadLettered, Facts, Settled
 from sidecar.wire.timestamps import now_ns
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sidecar.config import Subscription as Settings
     from sidecar.delivery.deadletters import DeadLetters
 
@@ -77,7 +78,7 @@ class Subscription:
         self._dead_letters = dead_letters
         self._facts = facts
         self._types = [pattern_matcher(pattern) for pattern in settings.event_types]
-        self._spread = random.Random()  # noqa: S311 - jitter, no secret
+        self._spread = random.Random()
         self._source: Source | None = None
         self._acks: list[Held] = []
         self._dispatch_due = False
@@ -169,11 +170,7 @@ class Subscription:
             unwanted = []
             for incoming in batch:
                 event = incoming.event
-                if (
-                    self._types
-                    and event is not None
-                    and not any(types.fullmatch(event.type) for types in self._types)
-                ) or (incoming.identity is not None and self.window.was_acked(incoming.identity)):
+                if self._is_unwanted(incoming):
                     unwanted.append(incoming.handle)
                     continue
                 held = self.window.arrived(incoming, incoming.delivered - 1)
@@ -182,6 +179,17 @@ class Subscription:
             if unwanted:
                 source.ack(unwanted)
             self._dispatch_soon()
+
+    def _is_unwanted(self, incoming: Incoming) -> bool:
+        """Acked before, of a type nobody asked for, or our own dead letter (the topic may be ">")."""
+        if incoming.identity is not None and self.window.was_acked(incoming.identity):
+            return True
+        event = incoming.event
+        if event is None:
+            return False
+        if event.headers and event.headers.get(f"{PREFIX}subscription") == self.settings.name:
+            return True
+        return bool(self._types) and not any(t.fullmatch(event.type) for t in self._types)
 
     async def _until_idle(self) -> None:
         """Return when nobody has consumed for a while and nothing is out, or when we drain."""
@@ -429,7 +437,7 @@ class Subscription:
 
     def _bury(self, held: Held, reason: str, error: str) -> None:
         self.window.leaving(held)
-        assert self._tasks is not None  # noqa: S101 - deliveries exist only while run() does
+        assert self._tasks is not None
         self._tasks.create_task(self._store_dead_letter(held, reason, error))
 
     async def _store_dead_letter(self, held: Held, reason: str, error: str) -> None:
@@ -486,5 +494,5 @@ class Subscription:
 def _delivery(held: Held) -> Delivery:
     incoming = held.incoming
     event = incoming.event
-    assert event is not None  # noqa: S101 - undecodable ones leave before they are ready
+    assert event is not None
     return Delivery(held.token, event, incoming.topic, held.attempt, incoming.position)

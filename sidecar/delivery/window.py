@@ -5,9 +5,12 @@ from __future__ import annotations
 import enum
 import heapq
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from sidecar.broker import Incoming
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Iterator
+
+    from sidecar.broker import Incoming
 
 REMEMBERED = 10_000
 """Acked events that are known again when their ack was lost and the broker sends them anew."""

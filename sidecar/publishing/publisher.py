@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sidecar.config import Limits, Publishing
 from sidecar.errors import (
     Draining,
     EventTooLarge,
@@ -18,12 +17,12 @@ from sidecar.errors import (
 )
 from sidecar.event import Durability, Event, Outcome, check_topic
 from sidecar.publishing.pending import Pending
-from sidecar.publishing.routes import Routes
 from sidecar.telemetry.facts import Facts, Published
 
 if TYPE_CHECKING:
     from sidecar.broker import Broker
-    from sidecar.config import Route
+    from sidecar.config import Limits, Publishing, Route
+    from sidecar.publishing.routes import Routes
 
 Outcomes = asyncio.Future[Sequence[Outcome]]
 
@@ -66,7 +65,7 @@ class Publisher:
         topic: str,
         events: Sequence[Event | SidecarError],
         *,
-        timeout: float | None = None,  # noqa: ASYNC109 - each event's outcome tells of it
+        timeout: float | None = None,
         min_durability: int = 0,
         wait: float | None = -1,
     ) -> Sequence[Outcome]:
@@ -86,7 +85,7 @@ class Publisher:
         topic: str,
         events: Sequence[Event | SidecarError],
         *,
-        timeout: float | None = None,  # noqa: ASYNC109
+        timeout: float | None = None,
         min_durability: int = 0,
         wait: float | None = -1,
     ) -> Outcomes:
@@ -105,7 +104,7 @@ class Publisher:
             return await self._hand_over(topic, groups[0], timeout, wait)
         gathered = _Gathered(good)
         for group in groups:
-            assert group.indices is not None  # noqa: S101 - only a lone group has none
+            assert group.indices is not None
             try:
                 part = await self._hand_over(topic, group, timeout, wait)
             except SidecarError as error:
@@ -139,10 +138,7 @@ class Publisher:
     def _sized(self, events: Sequence[Event | SidecarError]) -> Sequence[Event | SidecarError]:
         limit = self._limits.max_event_bytes
         # Only data can be this large: attributes and headers have bounds of their own.
-        if all(
-            type(e) is Event and (e.data is None or len(e.data) <= limit)
-            for e in events
-        ):
+        if all(type(e) is Event and (e.data is None or len(e.data) <= limit) for e in events):
             return events
         return [
             EventTooLarge(
@@ -163,8 +159,12 @@ class Publisher:
         routes = self.routes
         first = events[0]
         good = all(type(e) is Event for e in events)
-        if good and isinstance(first, Event) and (
-            routes.by_topic_only or all(e.type == first.type for e in events)  # type: ignore[union-attr]
+        if (
+            good
+            and isinstance(first, Event)
+            and (
+                routes.by_topic_only or all(e.type == first.type for e in events)  # type: ignore[union-attr]
+            )
         ):
             try:
                 route = routes.route(topic, first.type)
@@ -174,7 +174,7 @@ class Publisher:
             return [_Group(route.broker, _label(route), events, None)]  # type: ignore[arg-type]
         by_route: dict[int, _Group] = {}
         failed = _Group.failed([])
-        assert failed.indices is not None  # noqa: S101
+        assert failed.indices is not None
         for index, event in enumerate(events):
             try:
                 if not isinstance(event, Event):
@@ -186,7 +186,7 @@ class Publisher:
                 failed.errors.append(error)
                 continue
             group = by_route.setdefault(id(route), _Group(route.broker, _label(route), [], []))
-            assert group.indices is not None  # noqa: S101
+            assert group.indices is not None
             group.events.append(event)  # type: ignore[attr-defined]
             group.indices.append(index)
         groups = list(by_route.values())
@@ -205,7 +205,7 @@ class Publisher:
         self,
         topic: str,
         group: _Group,
-        timeout: float,  # noqa: ASYNC109
+        timeout: float,
         wait: float | None,
         broker_ids: Sequence[str] | None = None,
     ) -> Outcomes:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from sidecar.config import Route
 from sidecar.errors import NoRoute
 from sidecar.event import pattern_covers, pattern_matcher, patterns_overlap
+
+if TYPE_CHECKING:
+    import re
+    from collections.abc import Sequence
+
+    from sidecar.config import Route
 
 MAX_REMEMBERED = 4096
 

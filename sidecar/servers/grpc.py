@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
-from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
-from sidecar.config import Limits
 from sidecar.errors import AddressUnavailable, Internal, SidecarError
 from sidecar.services.pubsub import SERVICE as PUBSUB
 from sidecar.services.pubsub import PubSub
 from sidecar.services.rpc import Call, UnaryMethod
 from sidecar.v1 import pubsub_pb2 as pb
 from sidecar.wire import status
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from google.protobuf.message import Message
+
+    from sidecar.config import Limits
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +111,7 @@ class GrpcDoor:
     async def start(self) -> None:
         await self._server.start()
 
-    async def set_ready(self, ready: bool) -> None:  # noqa: FBT001 - one state, as in the health protocol
+    async def set_ready(self, *, ready: bool) -> None:
         """What the health service answers, for the server as a whole and for each service."""
         serving = health_pb2.HealthCheckResponse
         state = serving.SERVING if ready else serving.NOT_SERVING

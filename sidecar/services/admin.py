@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 import sidecar
-from sidecar.broker import Broker, BrokerState
-from sidecar.delivery.hub import Hub
-from sidecar.delivery.subscription import Subscription
 from sidecar.errors import NotSupported
-from sidecar.publishing.publisher import Publisher
 from sidecar.services.rpc import Call, UnaryMethod
 from sidecar.v1 import admin_pb2 as pb
 from sidecar.v1 import pubsub_pb2
 from sidecar.wire import proto
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from sidecar.broker import Broker, BrokerState
+    from sidecar.delivery.hub import Hub
+    from sidecar.delivery.subscription import Subscription
+    from sidecar.publishing.publisher import Publisher
 
 SERVICE = "sidecar.v1.Admin"
 _NS = 1_000_000_000

@@ -5,28 +5,30 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sidecar.config import Limits
-from sidecar.delivery.consumers import Delivery
-from sidecar.delivery.hub import Hub
-from sidecar.delivery.subscription import Subscription
 from sidecar.errors import (
     DeadlineExceeded,
     InvalidRequest,
     NotSupported,
     SidecarError,
 )
-from sidecar.event import Event, Outcome
-from sidecar.publishing.publisher import Publisher
 from sidecar.services.rpc import Call, UnaryMethod
 from sidecar.v1 import pubsub_pb2 as pb
 from sidecar.wire import proto, status
-from sidecar.wire.cloudevents import Defaults
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+
+    from sidecar.config import Limits
+    from sidecar.delivery.consumers import Delivery
+    from sidecar.delivery.hub import Hub
+    from sidecar.delivery.subscription import Subscription
+    from sidecar.event import Event, Outcome
+    from sidecar.publishing.publisher import Publisher
+    from sidecar.wire.cloudevents import Defaults
 
 log = logging.getLogger(__name__)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from sidecar.event import Outcome
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sidecar.event import Outcome
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,7 +18,11 @@ from prometheus_client.registry import Collector
 
 import sidecar
 from sidecar.event import Durability, Receipt
-from sidecar.telemetry.facts import DeadLettered, Published, Settled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from sidecar.telemetry.facts import DeadLettered, Published, Settled
 
 # A second series per counter that no dashboard uses.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -162,7 +166,11 @@ class _Gauges(Collector):
             ("sidecar_in_flight_events", "Handed over, not settled.", "in_flight"),
             ("sidecar_retry_waiting_events", "Failed, waiting to be tried again.", "retry_waiting"),
             ("sidecar_lanes", "Keys with events here.", "lanes"),
-            ("sidecar_dropped_events", "Lost since the subscription opened; 0 is right.", "dropped"),
+            (
+                "sidecar_dropped_events",
+                "Lost since the subscription opened; 0 is right.",
+                "dropped",
+            ),
         ):
             gauge = GaugeMetricFamily(name, text, labels=["subscription"])
             for subscription in subscriptions:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sidecar.config import Retry as RetrySettings
-from sidecar.config import Subscription as SubscriptionSettings
+from sidecar.broker import Start
 from sidecar.errors import InvalidRequest, SidecarError
 from sidecar.event import NOTHING, Event, Position, Receipt, Settlement, Verdict
 from sidecar.wire import status
@@ -17,11 +16,12 @@ if TYPE_CHECKING:
 
     from google.protobuf.duration_pb2 import Duration
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+    from google.protobuf.timestamp_pb2 import Timestamp
 
-    from sidecar.broker import Start
+    from sidecar.config import Retry as RetrySettings
+    from sidecar.config import Subscription as SubscriptionSettings
     from sidecar.event import Outcome
 
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from sidecar.v1 import event_pb2, pubsub_pb2
 
@@ -60,7 +60,7 @@ def events_from(
     for message in messages:
         try:
             events.append(event_from(message, defaults))
-        except SidecarError as error:  # noqa: PERF203 - a bad event fails alone
+        except SidecarError as error:
             events.append(error)
     return events
 
@@ -130,7 +130,7 @@ def put_results(
             if outcome.position is not None:
                 put_position(receipt.position, outcome.position)
         else:
-            assert isinstance(outcome, SidecarError)  # noqa: S101 - Outcome is one or the other
+            assert isinstance(outcome, SidecarError)
             add(failure=failure_to(outcome))
 
 
@@ -259,8 +259,6 @@ def _timestamp_ns(message: Timestamp, field: str) -> int:
 
 def start_from(message: event_pb2.StartPosition) -> Start:
     """Where to seek to. Raises InvalidRequest when nothing is named."""
-    from sidecar.broker import Start
-
     kind = message.WhichOneof("start")
     if kind == "earliest":
         return Start()

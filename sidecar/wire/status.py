@@ -116,9 +116,7 @@ def details_of(error: errors.SidecarError) -> list[any_pb2.Any]:
 
 def status_of(error: errors.SidecarError) -> status_pb2.Status:
     """The error as google.rpc.Status, for the grpc-status-details-bin trailer."""
-    return status_pb2.Status(
-        code=code_of(error), message=error.message, details=details_of(error)
-    )
+    return status_pb2.Status(code=code_of(error), message=error.message, details=details_of(error))
 
 
 def duration(seconds: float) -> duration_pb2.Duration:

@@ -61,27 +61,29 @@ class FrameParser(Parser):  # type: ignore[misc] # nats-py is untyped
             if line_end < 0:
                 break
             kind = data[position]
-            if kind == 77 or kind == 72:  # M(SG), H(MSG)  # noqa: PLR1714, PLR2004
+            if kind == 77 or kind == 72:  # M(SG), H(MSG)
                 args = data[position:line_end].split()
                 start = line_end + 2
                 stop = start + int(args[-1])
                 if stop + 2 > end:
                     self._want = stop + 2 - position
                     break
-                if kind == 72:  # noqa: PLR2004
+                if kind == 72:
                     body = start + int(args[-2])
                     headers = data[start:body]
-                    reply = args[3] if len(args) == 6 else b""  # noqa: PLR2004
+                    reply = args[3] if len(args) == 6 else b""
                 else:
                     body = start
                     headers = None
-                    reply = args[3] if len(args) == 5 else b""  # noqa: PLR2004
+                    reply = args[3] if len(args) == 5 else b""
                 position = stop + 2
                 handler = self._handlers.get(args[2])
                 if handler is not None:
                     handler(args[1], reply, headers, data[body:stop])
                 else:
-                    await self.nc._process_msg(int(args[2]), args[1], reply, data[body:stop], headers)  # noqa: SLF001
+                    await self.nc._process_msg(
+                        int(args[2]), args[1], reply, data[body:stop], headers
+                    )
             else:
                 line = data[position:line_end]
                 position = line_end + 2
@@ -94,13 +96,13 @@ class FrameParser(Parser):  # type: ignore[misc] # nats-py is untyped
     async def _control(self, line: bytes) -> None:
         client = self.nc
         if line.startswith(b"PING"):
-            await client._process_ping()  # noqa: SLF001
+            await client._process_ping()
         elif line.startswith(b"PONG"):
-            await client._process_pong()  # noqa: SLF001
+            await client._process_pong()
         elif line.startswith(b"INFO"):
-            await client._process_info(json.loads(line[5:]))  # noqa: SLF001
+            await client._process_info(json.loads(line[5:]))
         elif line.startswith(b"-ERR"):
-            await client._process_err(line[5:].decode(errors="replace").lower())  # noqa: SLF001
+            await client._process_err(line[5:].decode(errors="replace").lower())
         elif not line.startswith(b"+OK"):
             raise nats_errors.ProtocolError(f"unknown protocol line: {line[:40]!r}")
 
@@ -148,7 +150,7 @@ class Connection:
         self._handlers.clear()
         self._subs.clear()
         client = Client()
-        client._ps = FrameParser(client, self._handlers)  # noqa: SLF001
+        client._ps = FrameParser(client, self._handlers)
         self._last_error = ""
         servers = [self._embedded[0]] if self._embedded else self._settings.servers
         patience = self._settings.connect_timeout_seconds * len(servers) + 0.5
@@ -163,7 +165,10 @@ class Connection:
             raise
         except (nats_errors.Error, OSError) as error:
             await _close(client)
-            if isinstance(error, nats_errors.AuthorizationError) or "authorization" in str(error).lower():
+            if (
+                isinstance(error, nats_errors.AuthorizationError)
+                or "authorization" in str(error).lower()
+            ):
                 raise BrokerRefused(
                     f"the NATS server at {_listed(servers)} refused the credentials",
                     server=_listed(servers),
@@ -190,7 +195,7 @@ class Connection:
             "name": self._client_name,
             "allow_reconnect": False,  # until it connected once: then the first error is the answer
             "max_reconnect_attempts": -1,
-            "reconnect_time_wait": pause * random.uniform(0.8, 1.2),  # noqa: S311 - spread, no secret
+            "reconnect_time_wait": pause * random.uniform(0.8, 1.2),
             "connect_timeout": settings.connect_timeout_seconds,
             "ping_interval": settings.ping_seconds,
             "max_outstanding_pings": 2,
@@ -224,12 +229,16 @@ class Connection:
         self._ended.set()
 
     def _went_live(self) -> None:
-        assert self._client is not None  # noqa: S101 - only called by a client that connected
+        assert self._client is not None
         self.live = True
         for callback in self.on_live:
             callback()
         url = self._client.connected_url
-        self.on_state(BrokerState(True, url.netloc.rpartition("@")[2] if url else "connected"))
+        self.on_state(
+            BrokerState(
+                connected=True, detail=url.netloc.rpartition("@")[2] if url else "connected"
+            )
+        )
 
     def _went_away(self, why: str) -> None:
         if not self.live:
@@ -237,7 +246,7 @@ class Connection:
         self.live = False
         for callback in self.on_lost:
             callback()
-        self.on_state(BrokerState(False, why))
+        self.on_state(BrokerState(connected=False, detail=why))
 
     async def ended(self) -> None:
         """Wait until the client gave up for good (credentials changed); connect again then."""
@@ -250,17 +259,17 @@ class Connection:
         client = self._client
         if not self.live or client is None or not client.is_connected:
             return False
-        client._transport.write(frames)  # noqa: SLF001
+        client._transport.write(frames)
         return True
 
     def confirm(self, answered: Callable[[], None]) -> None:
         """Write a PING; *answered* is called when the server has read all that was written before."""
         client = self._client
-        assert client is not None  # noqa: S101 - callers wrote just now
+        assert client is not None
         pong = asyncio.get_running_loop().create_future()
         pong.add_done_callback(lambda future: None if future.cancelled() else answered())
-        client._pongs.append(pong)  # noqa: SLF001
-        client._transport.write(b"PING\r\n")  # noqa: SLF001
+        client._pongs.append(pong)
+        client._transport.write(b"PING\r\n")
 
     async def flushed(self, seconds: float) -> bool:
         """Wait until the server has read all that was written, for so long at most."""
@@ -280,7 +289,7 @@ class Connection:
     def new_inbox(self) -> str:
         """A subject prefix nobody else uses."""
         self._inboxes += 1
-        return f"_INBOX.{random.getrandbits(96):024x}.{self._inboxes}"  # noqa: S311 - unique, no secret
+        return f"_INBOX.{random.getrandbits(96):024x}.{self._inboxes}"
 
     async def subscribe(self, subject: str, handler: OnMessage, *, queue: str = "") -> str:
         """Raw frames of *subject* to *handler*, also after reconnects; answers a key to unsubscribe."""
@@ -296,7 +305,7 @@ class Connection:
             return
         # Non-obvious: subscribe() takes the next sid before its first await, so the handler is in
         # place before the first frame can arrive.
-        self._handlers[str(client._sid + 1).encode()] = handler  # noqa: SLF001
+        self._handlers[str(client._sid + 1).encode()] = handler
         try:
             self._subs[key] = await client.subscribe(subject, queue=queue)
         except nats_errors.Error as error:
@@ -308,13 +317,13 @@ class Connection:
         sub = self._subs.pop(key, None)
         if sub is None:
             return
-        self._handlers.pop(str(sub._id).encode(), None)  # noqa: SLF001
+        self._handlers.pop(str(sub._id).encode(), None)
         try:
             await sub.unsubscribe()
         except nats_errors.Error:
             log.debug("unsubscribing from %s: the connection is gone", sub.subject)
 
-    async def call(self, subject: str, payload: object, *, timeout: float = 5) -> dict[str, Any]:  # noqa: ASYNC109
+    async def call(self, subject: str, payload: object, *, timeout: float = 5) -> dict[str, Any]:
         """
         A JSON request of the server's API; the answer, errors included, as a dict.
 
@@ -345,7 +354,7 @@ class Connection:
 
 
 async def _close(client: Client) -> None:
-    client._disconnected_cb = client._closed_cb = None  # noqa: SLF001 - we know
+    client._disconnected_cb = client._closed_cb = None
     try:
         async with asyncio.timeout(2):
             await client.close()
@@ -356,5 +365,3 @@ async def _close(client: Client) -> None:
 
 def _listed(servers: list[str]) -> str:
     return ", ".join(server.partition("://")[2].rpartition("@")[2] for server in servers)
-
-

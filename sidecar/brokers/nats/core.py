@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from sidecar.broker import Broker, Capabilities, Incoming, Interest, Source
@@ -23,6 +22,8 @@ from sidecar.wire import nats as binding
 from sidecar.wire.cloudevents import Defaults
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
     from sidecar.config import Nats as Settings
 
 
@@ -57,7 +58,7 @@ class NatsBroker(Broker):
         self._settings = settings
         self._structured = settings.content_mode == "structured"
         self._connection = Connection(settings, client_name=client_name, embedded=embedded)
-        self._connection.on_state = lambda state: self.on_state(state)
+        self._connection.on_state = lambda state: self.on_state(state)  # noqa: PLW0108 - set later
         self._connection.on_live.append(self._send_waiting)
         self._connection.on_lost.append(self._fail_unconfirmed)
         self._waiting: deque[_Sending] = deque()
@@ -95,7 +96,8 @@ class NatsBroker(Broker):
                 outcomes.append(too_large(size, limit, self.name))
                 continue
             frames.append(
-                b"HPUB %b %d %d\r\n%b%b\r\n" % (topic.encode(), len(headers), size, headers, payload)
+                b"HPUB %b %d %d\r\n%b%b\r\n"
+                % (topic.encode(), len(headers), size, headers, payload)
             )
             outcomes.append(Receipt(event.id, self.name, topic, Durability.SENT))
         return b"".join(frames), outcomes
@@ -170,9 +172,7 @@ class _Sending:
 
     def __init__(self, encoded: tuple[bytes, list[Outcome]]) -> None:
         self.frames, self.outcomes = encoded
-        self.future: asyncio.Future[Sequence[Outcome]] = (
-            asyncio.get_running_loop().create_future()
-        )
+        self.future: asyncio.Future[Sequence[Outcome]] = asyncio.get_running_loop().create_future()
 
     def finish(self) -> None:
         if not self.future.done():
@@ -180,9 +180,7 @@ class _Sending:
 
     def fail(self, error: SidecarError) -> None:
         if not self.future.done():
-            self.future.set_result(
-                [error if isinstance(o, Receipt) else o for o in self.outcomes]
-            )
+            self.future.set_result([error if isinstance(o, Receipt) else o for o in self.outcomes])
 
 
 class NatsSource(Source):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sidecar.broker import Broker, Capabilities, Interest, Source, Start
@@ -22,6 +20,9 @@ from sidecar.event import Durability, Event, Outcome
 from sidecar.wire.timestamps import format_rfc3339
 
 if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Sequence
+
     from sidecar.config import JetStream as Settings
     from sidecar.config import Stream
 
@@ -56,7 +57,7 @@ class JetStreamBroker(Broker):
         super().__init__(name)
         self._settings = settings
         self._connection = Connection(settings, client_name=client_name, embedded=embedded)
-        self._connection.on_state = lambda state: self.on_state(state)
+        self._connection.on_state = lambda state: self.on_state(state)  # noqa: PLW0108 - set later
         self._publisher = StreamPublisher(
             name,
             self._connection,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -13,6 +12,8 @@ from sidecar.event import Durability, Event, Outcome, Position, Receipt
 from sidecar.wire import nats as binding
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from sidecar.brokers.nats.connection import Connection
 
 NO_RESPONDERS = b"NATS/1.0 503"
@@ -185,7 +186,7 @@ class StreamPublisher:
         )
 
     def _refused(self, topic: str, ack: PubAck) -> SidecarError:
-        assert ack.error is not None  # noqa: S101 - the caller looked
+        assert ack.error is not None
         return BrokerRefused(
             f"JetStream refused the event for {topic!r}: {ack.error.description} "
             f"({ack.error.err_code})",

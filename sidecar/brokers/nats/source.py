@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 from collections import deque
-from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from sidecar.broker import Incoming, Interest, Source
@@ -16,6 +15,8 @@ from sidecar.wire import nats as binding
 from sidecar.wire.cloudevents import Defaults
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
     from sidecar.brokers.nats.connection import Connection
 
 log = logging.getLogger(__name__)
