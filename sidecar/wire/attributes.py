@@ -68,7 +68,7 @@ def make_event(
     The event that everything behind may trust: defaults filled in, every rule checked.
 
     Empty strings mean "absent". The extension `partitionkey` becomes the key. With *trust_headers*
-    they are taken as they are: those of a foreign message, which nobody can mend.
+    they are taken as they are: those of a message from elsewhere, which nobody can mend.
 
     Raises InvalidEvent; its metadata names the attribute as `field`, the way CloudEvents does
     ("datacontenttype", "partitionkey"), or "headers".
@@ -121,7 +121,7 @@ _NOT_UUID_MARKS = ~(0xF << 76 | 0xC << 60)
 
 
 def check_binary(attributes: Mapping[str, str], *, where: str) -> None:
-    """Raise InvalidEvent unless it is CloudEvents 1.0 and has what that requires. *where*: as "header ce-"."""
+    """Raise InvalidEvent unless this is CloudEvents 1.0 with all it requires. *where*: "header ce-"."""
     version = attributes.get("specversion")
     if version != "1.0":
         said = "is missing" if version is None else f"{version[:16]!a} is not supported"

@@ -67,9 +67,9 @@ def from_json(
     One event of the JSON format. Raises InvalidEvent.
 
     A `data` member is kept as its JSON text, and is "application/json" where nothing else is said;
-    a string of another content type becomes its text in UTF-8. Extensions that are numbers or booleans become
-    their text; null is absent; of a name given twice the last counts. *headers* and *time_ns* are
-    what came beside the event; the latter is for one without a time.
+    a string of another content type becomes its text in UTF-8. Extensions that are numbers or
+    booleans become their text; null is absent; of a name given twice the last counts. *headers* and
+    *time_ns* are what came beside the event; the latter is for one without a time.
     """
     try:
         fields = json_fields(data)
@@ -235,7 +235,7 @@ def _embeddable(data: bytes, kind: str) -> msgspec.Raw | str | None:
         return None
 
 
-_CHARSET = re.compile(r';\s*charset\s*=\s*"?(?!utf-?8\b|us-ascii\b)', re.IGNORECASE)
+_CHARSET = re.compile(r';\s*charset\s*=\s*+"?+(?!utf-?8\b|us-ascii\b)', re.IGNORECASE)
 
 
 @lru_cache(maxsize=256)
@@ -266,10 +266,10 @@ def from_http(
     """
     The events of a request, in order: one, or a batch. A bad one fails alone.
 
-    *headers* are as ASGI gives them, with names in lower case. The mode is batched or structured by the content type, binary where a
-    header says ce-specversion, ce-id, ce-source or ce-type, and else plain: the body is the data
-    and *defaults* are the attributes. An empty body without a content type is no data. Of other
-    headers only the trace context's are kept.
+    *headers* are as ASGI gives them, with names in lower case. The mode is batched or structured by
+    the content type, binary where there is a header ce-specversion, ce-id, ce-source or ce-type,
+    and else plain: the body is the data and *defaults* are the attributes. An empty body without a
+    content type is no data. Of other headers only the trace context's are kept.
 
     Raises MalformedBody and UnsupportedMediaType for the request as a whole.
     """
