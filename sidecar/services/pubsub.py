@@ -37,6 +37,8 @@ MAX_PULL_SECONDS = 300
 MAX_BATCH_EVENTS = 100
 STREAM_REQUESTS = 256
 """Publish requests of one stream under way at once."""
+STREAM_RESPONSES = 256
+"""Messages that may wait for a consumer that does not read, before we stop reading it."""
 
 
 class PubSub:
@@ -134,13 +136,11 @@ class PubSub:
         clean = False
         try:
             async with asyncio.TaskGroup() as tasks:
-                writing = tasks.create_task(consumer.pump(write))
+                tasks.create_task(consumer.pump(write))
                 self._apply(first, subscription, consumer)
-                reading = tasks.create_task(self._read_on(read, subscription, consumer))
-                await asyncio.wait([reading, writing], return_when=asyncio.FIRST_COMPLETED)
-                clean = reading.done() and not reading.cancelled() and not reading.exception()
-                reading.cancel()
-                writing.cancel()
+                await self._read_on(read, subscription, consumer)
+                clean = True
+                consumer.finish()
         except* ConnectionError:
             pass  # the consumer has gone, and is told nothing
         except* SidecarError as group:
@@ -173,6 +173,7 @@ class PubSub:
             if message.HasField("open"):
                 raise InvalidRequest("open is for the first message only", field="open")
             self._apply(message, subscription, consumer)
+            await consumer.room()
 
     def _apply(
         self, message: pb.SubscribeRequest, subscription: Subscription, consumer: StreamConsumer
@@ -193,14 +194,21 @@ class PubSub:
 
 
 class StreamConsumer:
-    """What waits to be written to one Subscribe stream; bounded by the credit that was given."""
+    """
+    What waits to be written to one Subscribe stream.
+
+    Bounded by the credit that was given, and by not reading on while too many rejected settlements
+    wait for a client that does not read.
+    """
 
     def __init__(self, max_batch: int) -> None:
         self.credit = 0
         self.max_batch = max_batch
         self._queue: deque[pb.SubscribeResponse] = deque()
         self._filled = asyncio.Event()
+        self._emptied = asyncio.Event()
         self._ended: Exception | None = None
+        self._finished = False
 
     def deliver(self, deliveries: Sequence[Delivery]) -> None:
         response = pb.SubscribeResponse()
@@ -218,13 +226,28 @@ class StreamConsumer:
         self._queue.append(response)
         self._filled.set()
 
+    def finish(self) -> None:
+        """The client has said all: `pump` ends when what waits is written."""
+        self.credit = 0
+        self._finished = True
+        self._filled.set()
+
+    async def room(self) -> None:
+        """Wait while much is waiting to be written."""
+        while len(self._queue) > STREAM_RESPONSES:
+            self._emptied.clear()
+            await self._emptied.wait()
+
     async def pump(self, write: Callable[[pb.SubscribeResponse], Awaitable[None]]) -> None:
         """Write what comes. Raises what `closed` was told."""
         while True:
             while self._queue:
                 await write(self._queue.popleft())
+            self._emptied.set()
             if self._ended is not None:
                 raise self._ended
+            if self._finished:
+                return
             self._filled.clear()
             await self._filled.wait()
 
