@@ -62,12 +62,7 @@ def _broker(broker: BrokerSettings) -> str:
         return broker.type
     if broker.embedded:
         return f"{broker.type}, the embedded server"
-    return f"{broker.type} at {', '.join(_without_secrets(url) for url in broker.servers)}"
-
-
-def _without_secrets(url: str) -> str:
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
+    return f"{broker.type} at {', '.join(broker.servers)}"
 
 
 def _match(route: Route) -> str:

@@ -108,11 +108,14 @@ def publish(
         bool, typer.Option("--no-data", help="One event without data (a tombstone on Kafka).")
     ] = False,
     type_: Annotated[
-        str, typer.Option("--type", help="What happened.", show_default="the topic, or what the configuration says for it")
+        str,
+        typer.Option(
+            "--type",
+            help="What happened.",
+            show_default="the topic, or what the configuration says for it",
+        ),
     ] = "",
-    source: Annotated[
-        str, typer.Option(help="Who says so.", show_default="the app's name")
-    ] = "",
+    source: Annotated[str, typer.Option(help="Who says so.", show_default="the app's name")] = "",
     id_: Annotated[
         str, typer.Option("--id", help="The event's id.", show_default="a new one")
     ] = "",

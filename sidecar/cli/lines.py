@@ -8,7 +8,7 @@ import stat
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
 _CHUNK_BYTES = 256 * 1024
 MAX_LINE_BYTES = 32 * 1024 * 1024
@@ -38,20 +38,23 @@ class Lines:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
-    async def __aiter__(self) -> AsyncIterator[list[bytes | None]]:
+    async def read(self) -> AsyncGenerator[list[bytes | None], None]:
         """What has come since the last time, in whole lines; None for a line that is too long."""
         line = _Line(self._max_line_bytes)
-        while chunk := await self._read():
+        while chunk := await self._read_chunk():
             first, *others = chunk.split(b"\n")
             line.add(first)
             if others:
                 *middle, rest = others
-                yield [line.take(), *middle]
+                yield [line.take(), *map(self._fitting, middle)]
                 line.add(rest)
         if line.begun and not self._stopped:
             yield [line.take()]
 
-    async def _read(self) -> bytes:
+    def _fitting(self, line: bytes) -> bytes | None:
+        return line if len(line) <= self._max_line_bytes else None
+
+    async def _read_chunk(self) -> bytes:
         await self._wait_readable()
         if self._stopped:
             return b""

@@ -166,7 +166,7 @@ class _Publishing:
             return
         number = 0
         batch = _Batch(self._job.batch)
-        async for lines in self._lines:
+        async for lines in self._lines.read():
             for line in lines:
                 number += 1
                 event = self._event(number, line)

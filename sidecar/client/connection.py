@@ -14,7 +14,7 @@ from sidecar.client.publish_stream import Pump
 from sidecar.v1 import admin_pb2, admin_pb2_grpc, pubsub_pb2, pubsub_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 
     from sidecar.client.publish_stream import Batches
     from sidecar.client.values import (
@@ -51,6 +51,7 @@ class Sidecar:
     def __init__(self, target: str | None = None) -> None:
         self.target = default_target() if target is None else target
         self._channel: Any = None
+        self._stubs: tuple[Any, Any] | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._consumers: set[Consumer] = set()
@@ -61,8 +62,10 @@ class Sidecar:
 
     async def __aenter__(self) -> Self:
         self._channel = grpc.aio.insecure_channel(self.target, options=_options(self.target))
-        self._pubsub: Any = pubsub_pb2_grpc.PubSubStub(self._channel)  # type: ignore[no-untyped-call]
-        self._admin: Any = admin_pb2_grpc.AdminStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stubs = (
+            pubsub_pb2_grpc.PubSubStub(self._channel),  # type: ignore[no-untyped-call]
+            admin_pb2_grpc.AdminStub(self._channel),  # type: ignore[no-untyped-call]
+        )
         self._tasks = await asyncio.TaskGroup().__aenter__()
         return self
 
@@ -114,7 +117,7 @@ class Sidecar:
         window: int = 32,
         min_durability: Durability | None = None,
         timeout_seconds: float | None = None,
-    ) -> AsyncIterator[list[Receipt | PublishFailed]]:
+    ) -> AsyncGenerator[list[Receipt | PublishFailed], None]:
         """
         Publish (topic, events) batches, *window* of them under way; yield their answers in order.
 
@@ -213,11 +216,24 @@ class Sidecar:
         )
         await _answer(self._admin.SeekSubscription(request))
 
-    def _start(self, work: Any) -> asyncio.Task[None]:
+    @property
+    def _pubsub(self) -> Any:
+        return self._entered()[0]
+
+    @property
+    def _admin(self) -> Any:
+        return self._entered()[1]
+
+    def _entered(self) -> tuple[Any, Any]:
+        if self._stubs is None:
+            raise RuntimeError("enter the client before use: async with Sidecar() as sidecar")
+        return self._stubs
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         if self._tasks is None:
             work.close()
-            raise RuntimeError("enter the client before use: async with Sidecar() as sidecar")
-        task: asyncio.Task[None] = self._tasks.create_task(work)
+            raise RuntimeError("the client is closed")
+        task = self._tasks.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return task

@@ -182,7 +182,7 @@ class Consumer:
                     raise lost
                 return
             at_least = (lost and lost.retry_after) or 0.0
-            await self._pause(at_least + pause * random.uniform(0.5, 1))  # noqa: S311 - no secret
+            await self._pause(at_least + pause * random.uniform(0.5, 1))
             pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
     async def _pause(self, seconds: float) -> None:
