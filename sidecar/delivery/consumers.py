@@ -42,13 +42,18 @@ class PullConsumer:
     def __init__(self, max_events: int) -> None:
         self.credit = max_events
         self.max_batch = max_events
-        self.answer: asyncio.Future[Sequence[Delivery]] = asyncio.get_running_loop().create_future()
+        self.taken: Sequence[Delivery] = ()
+        self.over = asyncio.Event()
+        """Something was taken, or it was closed."""
+        self.why: Exception | None = None
 
     def deliver(self, deliveries: Sequence[Delivery]) -> None:
         self.credit = 0
-        if not self.answer.done():
-            self.answer.set_result(deliveries)
+        self.taken = deliveries
+        self.over.set()
 
     def closed(self, why: Exception) -> None:
-        if not self.answer.done():
-            self.answer.set_exception(why)
+        if not self.over.is_set():
+            self.credit = 0
+            self.why = why
+            self.over.set()

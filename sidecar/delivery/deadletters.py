@@ -47,7 +47,7 @@ class DeadLetters:
         letter = self._letter(incoming, reason=reason, error=error, attempts=attempts)
         broker_id = f"dead-letter/{self._settings.name}/{self._source_broker}/{_place(incoming)}"
         outcomes = await self._publisher.publish_to(
-            self._broker, topic, [letter], broker_ids=[broker_id]
+            self._broker, topic, [letter], broker_ids=[broker_id], label=self._topic
         )
         outcome = outcomes[0]
         if not isinstance(outcome, Receipt):

@@ -9,9 +9,8 @@ from sidecar import config
 from sidecar.broker import Broker, Start
 from sidecar.delivery.consumers import Delivery, PullConsumer
 from sidecar.delivery.deadletters import DeadLetters
-from sidecar.delivery.subscription import Subscription
+from sidecar.delivery.subscription import Subscription, bad_token
 from sidecar.errors import (
-    BadToken,
     ConfigInvalid,
     Draining,
     InvalidRequest,
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 
 MAX_DESCRIBED = 10_000
 """Subscriptions that apps may describe: their names come from outside."""
+LOOK_SECONDS = 0.1
+"""The least that a pull waits: to subscribe, and ask the broker for what it has."""
 
 
 class Hub:
@@ -128,8 +129,7 @@ class Hub:
                     f"({_difference(known.settings, settings)}): use the same one, or another name",
                     subscription=settings.name,
                 )
-            self._running.pop(settings.name).cancel()
-            del self._subscriptions[settings.name]
+            self._forget(settings.name)
         if self.draining:
             raise Draining("the sidecar is stopping: open no new subscriptions")
         if len(self._subscriptions) >= MAX_DESCRIBED:
@@ -137,6 +137,12 @@ class Hub:
         subscription = self._add(settings, declared=False)
         self._start(subscription)
         return subscription
+
+    def _forget(self, name: str) -> None:
+        del self._subscriptions[name]
+        task = self._running.pop(name, None)
+        if task is not None:
+            task.cancel()
 
     def _add(self, settings: config.Subscription, *, declared: bool) -> Subscription:
         name = settings.broker or self._publisher.routes.of_pattern(settings.topic).broker
@@ -192,16 +198,18 @@ class Hub:
     async def pull(
         self, subscription: Subscription, max_events: int, wait: float
     ) -> Sequence[Delivery]:
-        """Up to *max_events* deliveries, or none when nothing came within *wait* seconds."""
+        """
+        Up to *max_events* deliveries, or none when nothing came within *wait* seconds.
+
+        Raises Draining. However short the wait, what the broker has right now is looked for.
+        """
         consumer = PullConsumer(max_events)
         subscription.attach(consumer)
         try:
-            # Even a pull that does not wait gives the loop a turn to hand over what is here.
-            async with asyncio.timeout(max(wait, 0.001)):
-                return await consumer.answer
+            async with asyncio.timeout(max(wait, LOOK_SECONDS)):
+                await consumer.over.wait()
         except TimeoutError:
-            answered = consumer.answer.done() and not consumer.answer.cancelled()
-            return consumer.answer.result() if answered else []
+            pass  # what was handed over at this very moment is in `taken` all the same
         except asyncio.CancelledError:
             # Handed over at the very moment the caller left: nobody has it, so nothing counts.
             subscription.detach(consumer, clean=True)
@@ -209,6 +217,9 @@ class Hub:
         finally:
             # What it got stays out until settled by token: only the waiting ends here.
             subscription.stopped_waiting(consumer)
+        if consumer.why is not None:
+            raise consumer.why
+        return consumer.taken
 
     def settle(self, settlements: Sequence[Settlement]) -> list[tuple[str, SidecarError | None]]:
         """Settle deliveries of any subscription; one answer per settlement, in order."""
@@ -216,11 +227,8 @@ class Hub:
         for settlement in settlements:
             name = settlement.token.partition(".")[0]
             subscription = self._subscriptions.get(name)
-            if subscription is None or not settlement.token.startswith(subscription.token_prefix):
-                error: SidecarError | None = BadToken(
-                    "not the token of a delivery by this sidecar, or of one before its restart",
-                    token=settlement.token[:100],
-                )
+            if subscription is None:
+                error: SidecarError | None = bad_token(settlement.token)
             else:
                 error = subscription.settle([settlement])[0]
             results.append((settlement.token, error))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import secrets
 from typing import TYPE_CHECKING
 
 from sidecar.broker import Broker, Incoming, Interest, Source, Start
-from sidecar.delivery.consumers import Consumer, Delivery
+from sidecar.delivery.consumers import Consumer, Delivery, PullConsumer
 from sidecar.delivery.deadletters import PREFIX
 from sidecar.delivery.retry import delay_before, used_up
 from sidecar.delivery.window import Held, State, Window, handles
 from sidecar.errors import (
     AlreadySettled,
+    BadToken,
     BrokerUnavailable,
     Draining,
     LeaseExpired,
@@ -26,7 +28,7 @@ from sidecar.telemetry.facts import DeadLettered, Facts, Settled
 from sidecar.wire.timestamps import now_ns
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from sidecar.config import Subscription as Settings
     from sidecar.delivery.deadletters import DeadLetters
@@ -37,6 +39,8 @@ IDLE_SECONDS = 1.0
 """Without a consumer for so long, what is held goes back to the broker, for another sidecar."""
 RETRY_SECONDS = (0.1, 5.0)
 """Pause before subscribing again: at first, and at most."""
+WITH_THE_APP = frozenset({State.OUT, State.LEAVING})
+IN_HAND = WITH_THE_APP | {State.RETRY}
 
 
 class Subscription:
@@ -64,9 +68,6 @@ class Subscription:
         self.broker = broker
         self.declared = declared
         self.paused = False
-        self.draining = False
-        self.detail = "not subscribed yet"
-        """Why it is not subscribed; empty when it is."""
         self.interest = Interest(settings.name, settings.topic, settings.max_in_flight, start)
         self.token_prefix = f"{settings.name}.{secrets.token_hex(4)}."
         self.window = Window(
@@ -79,6 +80,8 @@ class Subscription:
         self._facts = facts
         self._types = [pattern_matcher(pattern) for pattern in settings.event_types]
         self._spread = random.Random()
+        self._why_not = "not subscribed yet"
+        self._unstored = ""
         self._source: Source | None = None
         self._acks: list[Held] = []
         self._dispatch_due = False
@@ -87,8 +90,17 @@ class Subscription:
         self._wake = asyncio.Event()
         self._next_consumer = 0
         self._tasks: asyncio.TaskGroup | None = None
-        self._idle_since = 0.0
-        self._wake_idle = asyncio.Event()
+        self._used = False
+        self._stop = asyncio.Event()
+
+    @property
+    def draining(self) -> bool:
+        return self._stop.is_set()
+
+    @property
+    def detail(self) -> str:
+        """Why it is not subscribed, or what stands still; empty when all is well."""
+        return self._why_not or self._unstored
 
     # -- life
 
@@ -96,31 +108,41 @@ class Subscription:
         """Subscribe, feed the window while somebody consumes, and subscribe again when it ends."""
         pause = RETRY_SECONDS[0]
         known = not (self.declared and self.broker.capabilities.redelivers)
-        async with asyncio.TaskGroup() as self._tasks:
-            while not self.draining:
-                if known and not await self._somebody():
-                    break
-                try:
-                    source = await self.broker.subscribe(self.interest)
-                except SidecarError as error:
-                    self._not_subscribed(error)
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 2, RETRY_SECONDS[1])
-                    continue
-                pause, known = RETRY_SECONDS[0], True
-                lost = await self._serve(source)
-                if lost is not None:
-                    self._not_subscribed(lost)
-                    await asyncio.sleep(pause)
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                while not self.draining:
+                    if known and not await self._somebody():
+                        break
+                    try:
+                        source = await self.broker.subscribe(self.interest)
+                    except SidecarError as error:
+                        self._not_subscribed(error)
+                        await self._sleep(pause)
+                        pause = min(pause * 2, RETRY_SECONDS[1])
+                        continue
+                    pause, known = RETRY_SECONDS[0], True
+                    lost = await self._serve(source)
+                    if lost is not None:
+                        self._not_subscribed(lost)
+                        await self._sleep(pause)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
 
     def _not_subscribed(self, error: SidecarError) -> None:
-        if self.detail != error.message:
+        if self._why_not != error.message:
             log.warning("subscription %s: %s", self.settings.name, error.message)
-            self.detail = error.message
+            self._why_not = error.message
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, but not into a drain."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
 
     async def _somebody(self) -> bool:
         """Wait for a consumer; False when the drain came first."""
-        self.detail = ""
+        self._why_not = ""
         while not self.consumers:
             if self.draining:
                 return False
@@ -131,7 +153,7 @@ class Subscription:
     async def _serve(self, source: Source) -> SidecarError | None:
         """Feed from *source* until nobody consumes, it is lost (the error), or we drain."""
         self._source = source
-        self.detail = ""
+        self._why_not = ""
         lost: SidecarError | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -139,27 +161,34 @@ class Subscription:
                 idle = tasks.create_task(self._until_idle())
                 hold = tasks.create_task(self._hold(source))
                 await asyncio.wait([feed, idle], return_when=asyncio.FIRST_COMPLETED)
-                for task in (feed, idle, hold):
-                    task.cancel()
-            if feed.done() and not feed.cancelled():
-                lost = feed.result()
+                feed.cancel()
+                idle.cancel()
+                if self.draining and self._lost(feed) is None:
+                    self._give_back(but=WITH_THE_APP)  # what came with the last fetch
+                    await self._settled()
+                hold.cancel()
+            lost = self._lost(feed)
+            if lost is not None:
                 self._void()
         finally:
+            # Also when the drain's time is up, which cancels us: what is left goes back now.
             self._flush_acks()
-            if self.draining:
-                await self._settled()
-            self._release_all()
+            self._give_back()
+            self.window.forget_acked()
             self._source = None
             await source.close()
         return lost
+
+    def _lost(self, feed: asyncio.Task[SidecarError]) -> SidecarError | None:
+        return feed.result() if feed.done() and not feed.cancelled() else None
 
     async def _feed(self, source: Source) -> SidecarError:
         """Fetch while there is room; returns why that ended."""
         few = max(1, self.settings.max_in_flight // 8)
         while True:
             room = self.window.room
-            stuck = not self.window.out and not self.window.has_ready
-            if self.paused or not self.consumers or not (room >= few or (room and stuck)):
+            nothing_to_do = not self.window.out and not self.window.has_ready
+            if not self._consumed or not (room >= few or (room and nothing_to_do)):
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -167,18 +196,20 @@ class Subscription:
                 batch = await source.fetch(room)
             except SidecarError as error:
                 return error
-            unwanted = []
-            for incoming in batch:
-                event = incoming.event
-                if self._is_unwanted(incoming):
-                    unwanted.append(incoming.handle)
-                    continue
-                held = self.window.arrived(incoming, incoming.delivered - 1)
-                if held is not None and event is None:
-                    self._bury(held, "undecodable", incoming.problem)
-            if unwanted:
-                source.ack(unwanted)
-            self._dispatch_soon()
+            self._arrived(source, batch)
+
+    def _arrived(self, source: Source, batch: Sequence[Incoming]) -> None:
+        unwanted = []
+        for incoming in batch:
+            if self._is_unwanted(incoming):
+                unwanted.append(incoming.handle)
+                continue
+            held = self.window.arrived(incoming)
+            if held is not None and incoming.event is None:
+                self._store_soon(held, "undecodable", incoming.problem)
+        if unwanted:
+            source.ack(unwanted)
+        self._dispatch_soon()
 
     def _is_unwanted(self, incoming: Incoming) -> bool:
         """Acked before, of a type nobody asked for, or our own dead letter (the topic may be ">")."""
@@ -191,19 +222,25 @@ class Subscription:
             return True
         return bool(self._types) and not any(t.fullmatch(event.type) for t in self._types)
 
+    @property
+    def _consumed(self) -> bool:
+        return bool(self.consumers) and not self.paused
+
     async def _until_idle(self) -> None:
-        """Return when nobody has consumed for a while and nothing is out, or when we drain."""
-        while not self.draining:
-            if self.consumers or self.window.out:
-                self._idle_since = asyncio.get_running_loop().time()
-            elif asyncio.get_running_loop().time() - self._idle_since >= IDLE_SECONDS:
-                return
-            self._wake_idle.clear()
-            try:
-                async with asyncio.timeout(IDLE_SECONDS):
-                    await self._wake_idle.wait()
-            except TimeoutError:
+        """
+        Return when nobody has consumed for a while and nothing is out, or when we drain.
+
+        What waits here goes back then, also while a paused subscription has consumers. What waits
+        for its retry, or for its dead letter to be stored, keeps the source open.
+        """
+        while not self._stop.is_set():
+            self._used = False
+            await self._sleep(IDLE_SECONDS)
+            if self._stop.is_set() or self._used or self._consumed or self.window.out:
                 continue
+            self._give_back(but=IN_HAND)
+            if not len(self.window) and not self.consumers:
+                return
 
     async def _hold(self, source: Source) -> None:
         """Keep the broker's claim on what is here, handed over or not."""
@@ -215,22 +252,19 @@ class Subscription:
             source.hold(handles(self.window.held()))
 
     async def _settled(self) -> None:
-        """While draining: wait until the apps settled what is out; the caller bounds it."""
-        while self.window.out:
+        """While draining: until what is out is settled, and buried where that was its end."""
+        while self.window.out or self.window.leaving:
             self._wake.clear()
             await self._wake.wait()
-        self._flush_acks()
 
-    def _release_all(self) -> None:
-        """Give back what is still here, untouched or unsettled; none of it is counted as failed."""
-        held = [one for one in self.window.held() if one.state is not State.LEAVING]
-        out = sum(one.state is State.OUT for one in held)
-        for one in held:
-            self.window.gone(one)
-        if held and self._source is not None:
-            self._source.release(handles(held))
-        if out:
-            self._facts.settled(Settled(self.settings.name, "released", out))
+    def _give_back(self, *, but: Collection[State] = ()) -> None:
+        """Back to the broker, untouched or unsettled; none of it is counted as failed."""
+        out = self.window.out
+        given = self.window.give_back(but=but)
+        if given and self._source is not None:
+            self._source.release(handles(given))
+        if out > self.window.out:
+            self._facts.settled(Settled(self.settings.name, "released", out - self.window.out))
 
     def _void(self) -> None:
         """The source is gone: handles mean nothing any more, and what was out will come again."""
@@ -239,14 +273,12 @@ class Subscription:
 
     def drain(self) -> None:
         """Fetch and hand over no more. `run` ends when what is out is settled; cancel it in time."""
-        self.draining = True
+        self._stop.set()
         self._wake.set()
-        self._wake_idle.set()
-        waiting = [h for h in self.window.held() if h.state not in {State.OUT, State.LEAVING}]
-        for held in waiting:
-            self.window.gone(held)
-        if self._source is not None:
-            self._source.release(handles(waiting))
+        self._give_back(but=WITH_THE_APP)
+        for consumer in list(self.consumers):
+            if isinstance(consumer, PullConsumer):  # a stream stays open, to settle
+                consumer.closed(Draining("the sidecar is stopping: pull from another, or again"))
 
     # -- consumers
 
@@ -255,8 +287,8 @@ class Subscription:
         if self.draining:
             raise Draining("the sidecar is stopping: open no new consumers")
         self.consumers.append(consumer)
+        self._used = True
         self._wake.set()
-        self._wake_idle.set()
         self._dispatch_soon()
 
     def detach(self, consumer: Consumer, *, clean: bool) -> None:
@@ -276,7 +308,7 @@ class Subscription:
         else:
             for held in left:
                 self._fail(held, "app_crash", "the consumer's stream broke", 0.0)
-        self._wake_idle.set()
+        self._used = True
         self._wake.set()
         self._dispatch_soon()
 
@@ -284,7 +316,7 @@ class Subscription:
         """A pull is over: it takes no more, and what it took stays out until settled by token."""
         if consumer in self.consumers:
             self.consumers.remove(consumer)
-        self._wake_idle.set()
+        self._used = True
 
     def credit(self, consumer: Consumer, more: int) -> None:
         consumer.credit += more
@@ -314,9 +346,9 @@ class Subscription:
                 min(consumer.credit, consumer.max_batch, share), consumer, lease_end
             )
             consumer.credit -= len(taken)
-            if consumer.credit <= 0:
-                hungry.remove(consumer)
             consumer.deliver([_delivery(held) for held in taken])
+            if consumer.credit <= 0:  # a pull takes one batch, so it has none left
+                hungry.remove(consumer)
         self._arm()
         if window.room:
             self._wake.set()
@@ -341,6 +373,8 @@ class Subscription:
             self._facts.settled(Settled(self.settings.name, "expired"))
             self._fail(held, "lease_expired", "the lease ended unsettled", None)
         self._arm()
+        self._used = True
+        self._wake.set()
         self._dispatch_soon()
 
     # -- settling
@@ -362,6 +396,7 @@ class Subscription:
                 results.append(None)
         if acked:
             self._facts.settled(Settled(self.settings.name, "ack", acked))
+        self._used = True
         self._wake.set()
         self._dispatch_soon()
         return results
@@ -390,6 +425,8 @@ class Subscription:
             )
 
     def _not_out(self, token: str) -> SidecarError:
+        if not self.window.has_given(token):
+            return bad_token(token)
         if self.window.has_expired(token):
             return LeaseExpired(
                 "too late: the lease ended and the event is on its way again; extend in time, or "
@@ -421,7 +458,6 @@ class Subscription:
         policy = self.settings.retry
         if not held.first_failed:
             held.first_failed = now_ns()
-        held.last_error = error
         if not uncounted and used_up(held.attempt, policy):
             self._bury(held, reason, error)
             return
@@ -436,33 +472,52 @@ class Subscription:
         self._arm()
 
     def _bury(self, held: Held, reason: str, error: str) -> None:
-        self.window.leaving(held)
-        assert self._tasks is not None
+        self.window.bury(held)
+        self._store_soon(held, reason, error)
+
+    def _store_soon(self, held: Held, reason: str, error: str) -> None:
+        assert self._tasks is not None  # deliveries exist only while run() does
         self._tasks.create_task(self._store_dead_letter(held, reason, error))
 
     async def _store_dead_letter(self, held: Held, reason: str, error: str) -> None:
         """Store, then ack. While it cannot be stored the event stays with the broker, its lane held."""
-        pause = 0.1
-        while True:
+        pause = RETRY_SECONDS[0]
+        while self.window.holds(held):
             try:
                 await self._dead_letters.store(
                     held.incoming, reason=reason, error=error, attempts=held.attempt
                 )
             except SidecarError as failure:
-                self.detail = f"a dead letter cannot be stored: {failure.message}"
-                log.warning("subscription %s: %s", self.settings.name, self.detail)
-                if self.draining or not self.window.holds(held):
+                self._not_stored(failure)
+                if self.draining:
+                    self._leave_with_broker(held)
                     return
-                await asyncio.sleep(pause)
+                await self._sleep(pause)
                 pause = min(pause * 2, RETRY_SECONDS[1])
-                continue
-            break
-        self.detail = ""
+            else:
+                self._stored(held, reason)
+                return
+
+    def _not_stored(self, failure: SidecarError) -> None:
+        detail = f"a dead letter cannot be stored: {failure.message}"
+        if self._unstored != detail:
+            log.warning("subscription %s: %s", self.settings.name, detail)
+            self._unstored = detail
+
+    def _stored(self, held: Held, reason: str) -> None:
+        self._unstored = ""
         self._facts.dead_lettered(DeadLettered(self.settings.name, reason))
         if self.window.holds(held):
             self._ack(held)
             self._wake.set()
             self._dispatch_soon()
+
+    def _leave_with_broker(self, held: Held) -> None:
+        if self.window.holds(held):
+            self.window.gone(held)
+            if self._source is not None:
+                self._source.release([held.incoming.handle])
+            self._wake.set()
 
     # -- operators
 
@@ -477,6 +532,13 @@ class Subscription:
     async def seek(self, to: Start) -> None:
         """Move it, for all who share it. Raises what Broker.seek raises."""
         await self.broker.seek(self.interest, to)
+        # Its source ends by itself, but not before the next fetch, which a full window puts off.
+        self._acks.clear()
+        held = self.window.clear()
+        if self._source is not None:
+            self._source.release(handles(held))
+        self._used = True
+        self._wake.set()
 
     async def lag(self) -> int | None:
         if self._source is None:
@@ -496,3 +558,10 @@ def _delivery(held: Held) -> Delivery:
     event = incoming.event
     assert event is not None
     return Delivery(held.token, event, incoming.topic, held.attempt, incoming.position)
+
+
+def bad_token(token: str) -> BadToken:
+    return BadToken(
+        "not the token of a delivery by this sidecar, or of one before its restart",
+        token=token[:100],
+    )

@@ -7,13 +7,17 @@ import heapq
 from collections import deque
 from typing import TYPE_CHECKING
 
+from sidecar.delivery.recent import Recent
+
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator
+    from collections.abc import Collection, Hashable, Iterable, Iterator
 
     from sidecar.broker import Incoming
 
 REMEMBERED = 10_000
 """Acked events that are known again when their ack was lost and the broker sends them anew."""
+HELD_FACTOR = 4
+"""Times max_in_flight: the most that is ever here, failing lanes and all."""
 
 
 class State(enum.Enum):
@@ -30,12 +34,12 @@ class Held:
     __slots__ = (
         "attempt",
         "consumer",
-        "due",
+        "failing",
         "first_failed",
         "incoming",
         "key",
-        "last_error",
         "state",
+        "timer",
         "token",
     )
 
@@ -46,41 +50,53 @@ class Held:
         """Deliveries that count so far; while out, the number of this one."""
         self.state = State.WAITING
         self.token = ""
-        self.due = 0.0
-        """Loop time: the lease's end while out, the next try while it waits for one."""
+        self.timer = 0
+        """Number of the timer that runs for it, 0 for none."""
+        self.failing = False
+        """It has failed here, so its lane is counted apart."""
         self.consumer: object = None
         self.first_failed = 0
         """ns since 1970; 0: never failed."""
-        self.last_error = ""
 
 
 class Window:
     """
-    The events of one subscription that are here, at most `max_in_flight`.
+    The events of one subscription that are here.
 
     An event moves: waiting → ready → out → gone, or out → retry → ready …, or out → leaving → gone.
     Of one key, only the first is ever anything but waiting: that is the order per key, and why a
     failing key holds back only itself.
 
-    Non-obvious: `_timers` is a heap with stale entries; an entry counts only while the event's
-    `due` equals it, so extending a lease costs a push and no search.
+    Two bounds. At most *max_in_flight* events are here, not counting failing lanes: an event that
+    has failed and what waits behind it (`stuck`). Their backlog would else fill the window, and
+    nothing of another key would be fetched until it is done. With them, at most HELD_FACTOR times
+    as many are here; a larger backlog of failing keys does hold the others back. An event that is
+    done frees its lane, so the first bound may be exceeded then; nothing is fetched until it holds.
+
+    Non-obvious: `_timers` is a heap with stale entries; one counts only while `_timed` has its
+    number, so settling and extending cost no search. It holds no events: those would live as long
+    as their lease might have run.
     """
 
     def __init__(self, *, ordered: bool, max_in_flight: int, token_prefix: str) -> None:
         self._ordered = ordered
         self._max = max_in_flight
         self._prefix = token_prefix
-        self._numbers = 0
+        self._tokens = 0
         self._held: dict[int, Held] = {}
         self._identities: dict[Hashable, Held] = {}
         self._lanes: dict[str, deque[Held]] = {}
         self._ready: deque[Held] = deque()
         self._out: dict[str, Held] = {}
-        self._timers: list[tuple[float, int, Held]] = []
+        self._timers: list[tuple[float, int]] = []
+        self._timed: dict[int, Held] = {}
         self._timer_numbers = 0
-        self._acked: dict[Hashable, None] = {}
-        self._expired: dict[str, None] = {}
+        self._acked: Recent[bool] = Recent(REMEMBERED)
+        self._expired: Recent[bool] = Recent(REMEMBERED)
+        self._uncounted: Recent[int] = Recent(REMEMBERED)
         self.retrying = 0
+        self.leaving = 0
+        self.stuck = 0
 
     # -- how much there is
 
@@ -89,7 +105,9 @@ class Window:
 
     @property
     def room(self) -> int:
-        return self._max - len(self._held)
+        """How many events may be fetched now."""
+        held = len(self._held)
+        return max(0, min(self._max - held + self.stuck, HELD_FACTOR * self._max - held))
 
     @property
     def out(self) -> int:
@@ -115,28 +133,34 @@ class Window:
 
     # -- in
 
-    def arrived(self, incoming: Incoming, attempt: int) -> Held | None:
+    def arrived(self, incoming: Incoming) -> Held | None:
         """
-        Take an event in; *attempt* counts its deliveries so far.
+        Take an event in. What is no event is on its way to the dead letters at once.
 
         None when it is here already (the broker's claim on it ran out): it now answers for both.
         """
         identity = incoming.identity
+        attempt = incoming.delivered - 1
         if identity is not None:
             known = self._identities.get(identity)
             if known is not None:
                 known.incoming = incoming
                 return None
+            attempt = max(0, attempt + self._uncounted.get(identity, 0))
         event = incoming.event
         key = event.key if self._ordered and event is not None else ""
         held = Held(incoming, key, attempt)
         self._held[id(held)] = held
         if identity is not None:
             self._identities[identity] = held
+        if event is None:
+            self._leave(held)
+            return held
         if key:
             lane = self._lanes.get(key)
             if lane is not None:
                 lane.append(held)
+                self.stuck += lane[0].failing
                 return held
             self._lanes[key] = deque((held,))
         held.state = State.READY
@@ -155,60 +179,78 @@ class Window:
         ready = self._ready
         while ready and len(taken) < limit:
             held = ready.popleft()
-            self._numbers += 1
-            token = f"{self._prefix}{self._numbers:x}"
+            self._tokens += 1
+            token = f"{self._prefix}{self._tokens:x}"
             held.state = State.OUT
             held.token = token
             held.consumer = consumer
             held.attempt += 1
             self._out[token] = held
+            self._start_timer(held, lease_end)
             taken.append(held)
-            held.due = lease_end
-            self._push(held)
         return taken
 
     def find(self, token: str) -> Held | None:
         """The delivery of a token, while it is out."""
         return self._out.get(token)
 
+    def has_given(self, token: str) -> bool:
+        """It is the token of a delivery by this window, over or not."""
+        number = token.removeprefix(self._prefix)
+        try:
+            given = 0 < int(number, 16) <= self._tokens
+        except ValueError:
+            return False
+        return given and token == f"{self._prefix}{int(number, 16):x}"
+
     def has_expired(self, token: str) -> bool:
         """The token's lease ended unsettled (remembered for the newest of them)."""
         return token in self._expired
 
     def extend(self, held: Held, lease_end: float) -> None:
-        held.due = lease_end
-        self._push(held)
+        self._start_timer(held, lease_end)
 
     # -- what became of it
 
     def done(self, held: Held) -> None:
         """Gone for good: acked, or stored as a dead letter. Its lane moves on."""
-        identity = held.incoming.identity
         self.gone(held)
+        identity = held.incoming.identity
         if identity is not None:
-            self._acked[identity] = None
-            if len(self._acked) > REMEMBERED:
-                del self._acked[next(iter(self._acked))]
+            self._acked.put(identity, True)  # noqa: FBT003
 
     def gone(self, held: Held) -> None:
-        """Not here any more: given back to the broker, or done."""
+        """
+        Not here any more, and its lane moves on. For what is out, or leaves.
+
+        Not for what waits: see give_back.
+        """
         self._leave_state(held)
         del self._held[id(held)]
         identity = held.incoming.identity
         if identity is not None:
             self._identities.pop(identity, None)
-        if held.key:
-            self._leave_lane(held)
+        lane = self._lanes[held.key] if held.key else None
+        if held.failing:
+            self.stuck -= 1 if lane is None else len(lane)
+        if lane is None:
+            return
+        lane.popleft()
+        if not lane:
+            del self._lanes[held.key]
+            return
+        lane[0].state = State.READY
+        self._ready.append(lane[0])
 
     def retry(self, held: Held, at: float, *, uncounted: bool = False) -> None:
-        """Try again at loop time *at*; its lane waits."""
+        """Try a delivery again at loop time *at*; its lane waits."""
         self._leave_state(held)
         if uncounted:
             held.attempt -= 1
         held.state = State.RETRY
-        held.due = at
         self.retrying += 1
-        self._push(held)
+        self._fails(held)
+        self._start_timer(held, at)
 
     def back(self, held: Held) -> None:
         """Untouched by its consumer, who left: first in line again, and the attempt not counted."""
@@ -217,18 +259,42 @@ class Window:
         held.state = State.READY
         self._ready.appendleft(held)
 
-    def leaving(self, held: Held) -> None:
-        """On its way to the dead letters: not out any more, its lane waits."""
+    def bury(self, held: Held) -> None:
+        """A delivery is on its way to the dead letters: not out any more, its lane waits."""
         self._leave_state(held)
-        held.state = State.LEAVING
-        held.due = 0.0
+        self._leave(held)
+
+    def give_back(self, *, but: Collection[State] = ()) -> list[Held]:
+        """
+        Forget what is here, oldest first, so that the broker gets it back; no attempt is counted.
+
+        *but* in these states nothing is given back, nor what waits behind it: another sidecar
+        would hand that over first. The attempts are known when an event comes here again, where
+        the broker would count this time, too.
+        """
+        given = [held for held in self._held.values() if self._first(held).state not in but]
+        if not given:
+            return given
+        for held in given:
+            self._note_attempts(held)
+            self._leave_state(held)
+            del self._held[id(held)]
+            identity = held.incoming.identity
+            if identity is not None:
+                self._identities.pop(identity, None)
+        self._ready.clear()
+        self._lanes = {key: lane for key, lane in self._lanes.items() if lane[0].state in but}
+        self.stuck = sum(self._first(held).failing for held in self._held.values())
+        return given
 
     # -- time
 
     def next_time(self) -> float | None:
         """When something is due next, in loop time."""
         timers = self._timers
-        while timers and timers[0][2].due != timers[0][0]:
+        if not self._timed:
+            timers.clear()
+        while timers and timers[0][1] not in self._timed:
             heapq.heappop(timers)
         return timers[0][0] if timers else None
 
@@ -237,18 +303,17 @@ class Window:
         expired = []
         timers = self._timers
         while timers and timers[0][0] <= now:
-            due, _, held = heapq.heappop(timers)
-            if held.due != due:
+            _, number = heapq.heappop(timers)
+            held = self._timed.pop(number, None)
+            if held is None:
                 continue
-            held.due = 0.0
+            held.timer = 0
             if held.state is State.RETRY:
                 self.retrying -= 1
                 held.state = State.READY
                 self._ready.append(held)
-            elif held.state is State.OUT:
-                self._expired[held.token] = None
-                if len(self._expired) > REMEMBERED:
-                    del self._expired[next(iter(self._expired))]
+            else:
+                self._expired.put(held.token, True)  # noqa: FBT003
                 expired.append(held)
         return expired
 
@@ -256,53 +321,74 @@ class Window:
         """What a consumer has, oldest first."""
         return [held for held in self._out.values() if held.consumer is consumer]
 
+    # -- forgetting
+
     def clear(self) -> list[Held]:
-        """Forget everything: the subscription was moved. Tokens are void."""
+        """Forget everything: the subscription was moved. Tokens are void. Returns what was here."""
         held = list(self._held.values())
         for one in held:
-            one.due = 0.0
+            one.timer = 0
         self._held.clear()
         self._identities.clear()
         self._lanes.clear()
         self._ready.clear()
         self._out.clear()
         self._timers.clear()
-        self._acked.clear()
-        self.retrying = 0
+        self._timed.clear()
+        self._uncounted.clear()
+        self.forget_acked()
+        self.retrying = self.leaving = self.stuck = 0
         return held
+
+    def forget_acked(self) -> None:
+        """The source ended: what comes from the next one is meant, as after a move elsewhere."""
+        self._acked.clear()
 
     # -- inside
 
-    def _push(self, held: Held) -> None:
-        self._timer_numbers += 1
-        heapq.heappush(self._timers, (held.due, self._timer_numbers, held))
-        # Acked events leave their leases behind: sweep before they outnumber what is here.
-        if len(self._timers) > 64 + 4 * len(self._held):
-            self._timers = [entry for entry in self._timers if entry[2].due == entry[0]]
+    def _start_timer(self, held: Held, at: float) -> None:
+        if held.timer:
+            del self._timed[held.timer]
+        self._timer_numbers = held.timer = self._timer_numbers + 1
+        self._timed[held.timer] = held
+        heapq.heappush(self._timers, (at, held.timer))
+        # Settled deliveries leave their leases behind: sweep before they are most of the heap.
+        if len(self._timers) > 64 + 4 * len(self._timed):
+            self._timers = [entry for entry in self._timers if entry[1] in self._timed]
             heapq.heapify(self._timers)
 
     def _leave_state(self, held: Held) -> None:
+        """Out of whatever it was in, but for `_ready`: who is ready leaves by take or give_back."""
         if held.state is State.OUT:
             del self._out[held.token]
             held.consumer = None
-        elif held.state is State.READY:
-            self._ready.remove(held)
         elif held.state is State.RETRY:
             self.retrying -= 1
-        held.due = 0.0
+        elif held.state is State.LEAVING:
+            self.leaving -= 1
+        if held.timer:
+            del self._timed[held.timer]
+            held.timer = 0
 
-    def _leave_lane(self, held: Held) -> None:
-        lane = self._lanes[held.key]
-        if lane[0] is not held:
-            lane.remove(held)
-            return
-        lane.popleft()
-        if not lane:
-            del self._lanes[held.key]
-            return
-        first = lane[0]
-        first.state = State.READY
-        self._ready.append(first)
+    def _leave(self, held: Held) -> None:
+        held.state = State.LEAVING
+        self.leaving += 1
+        self._fails(held)
+
+    def _first(self, held: Held) -> Held:
+        """Of its lane."""
+        return self._lanes[held.key][0] if held.key else held
+
+    def _fails(self, held: Held) -> None:
+        if not held.failing:
+            held.failing = True
+            self.stuck += len(self._lanes[held.key]) if held.key else 1
+
+    def _note_attempts(self, held: Held) -> None:
+        identity = held.incoming.identity
+        counted = held.attempt - (held.state is State.OUT)
+        if identity is not None:
+            self._uncounted.put(identity, counted - held.incoming.delivered)
 
 
 def handles(held: Iterable[Held]) -> list[Hashable]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard, cast
 
 from sidecar.errors import (
     Draining,
     EventTooLarge,
+    Internal,
     InvalidRequest,
     NotSupported,
     OutcomeUnknown,
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from sidecar.broker import Broker
     from sidecar.config import Limits, Publishing, Route
     from sidecar.publishing.routes import Routes
+
+log = logging.getLogger(__name__)
 
 Outcomes = asyncio.Future[Sequence[Outcome]]
 
@@ -98,13 +102,14 @@ class Publisher:
         if wait is not None and wait < 0:
             wait = self._settings.full_wait_seconds
         timeout = timeout or self._settings.timeout_seconds
-        good = self._sized(events)
-        groups = self._routed(topic, good, min_durability)
-        if len(groups) == 1 and groups[0].indices is None:
+        groups, failed = self._routed(topic, self._sized(events), min_durability)
+        if not failed and len(groups) == 1:
             return await self._hand_over(topic, groups[0], timeout, wait)
-        gathered = _Gathered(good)
+        gathered = _Gathered(len(events))
+        if failed:
+            gathered.put(list(failed), list(failed.values()))
+            self._facts.published(Published("", "", list(failed.values()), 0.0))
         for group in groups:
-            assert group.indices is not None
             try:
                 part = await self._hand_over(topic, group, timeout, wait)
             except SidecarError as error:
@@ -114,10 +119,20 @@ class Publisher:
         return gathered.future
 
     async def publish_to(
-        self, broker: str, topic: str, events: Sequence[Event], *, broker_ids: Sequence[str]
+        self,
+        broker: str,
+        topic: str,
+        events: Sequence[Event],
+        *,
+        broker_ids: Sequence[str],
+        label: str,
     ) -> Sequence[Outcome]:
-        """For the sidecar's own (dead letters): past the routes, under other broker ids."""
-        group = _Group(broker, topic, events, None)
+        """
+        For the sidecar's own (dead letters): past the routes, under other broker ids.
+
+        *label* is the topic in metrics.
+        """
+        group = _Group(broker, label, events, range(len(events)))
         timeout = self._settings.timeout_seconds
         return await (await self._hand_over(topic, group, timeout, None, broker_ids))
 
@@ -154,43 +169,37 @@ class Publisher:
 
     def _routed(
         self, topic: str, events: Sequence[Event | SidecarError], min_durability: int
-    ) -> list[_Group]:
-        """The events by broker; one group without indices where all are good and go one way."""
-        routes = self.routes
-        first = events[0]
-        good = all(type(e) is Event for e in events)
-        if (
-            good
-            and isinstance(first, Event)
-            and (
-                routes.by_topic_only or all(e.type == first.type for e in events)  # type: ignore[union-attr]
-            )
-        ):
+    ) -> tuple[Sequence[_Group], dict[int, SidecarError]]:
+        """The events by broker, and by place those that go nowhere. One broker's stay in order."""
+        if _are_alike(events, any_type=self.routes.by_topic_only):
             try:
-                route = routes.route(topic, first.type)
-                self._check_durability(route, min_durability)
+                route = self._route(topic, events[0].type, min_durability)
             except SidecarError as error:
-                return [_Group.failed([error] * len(events))]
-            return [_Group(route.broker, _label(route), events, None)]  # type: ignore[arg-type]
-        by_route: dict[int, _Group] = {}
-        failed = _Group.failed([])
-        assert failed.indices is not None
+                return (), dict.fromkeys(range(len(events)), error)
+            return (_Group(route.broker, _label(route), events, range(len(events))),), {}
+        places: dict[str, tuple[Route, list[int]]] = {}
+        failed: dict[int, SidecarError] = {}
         for index, event in enumerate(events):
-            try:
-                if not isinstance(event, Event):
-                    raise event
-                route = routes.route(topic, event.type)
-                self._check_durability(route, min_durability)
-            except SidecarError as error:
-                failed.indices.append(index)
-                failed.errors.append(error)
+            if not isinstance(event, Event):
+                failed[index] = event
                 continue
-            group = by_route.setdefault(id(route), _Group(route.broker, _label(route), [], []))
-            assert group.indices is not None
-            group.events.append(event)  # type: ignore[attr-defined]
-            group.indices.append(index)
-        groups = list(by_route.values())
-        return [*groups, failed] if failed.errors else groups
+            try:
+                route = self._route(topic, event.type, min_durability)
+            except SidecarError as error:
+                failed[index] = error
+            else:
+                places.setdefault(route.broker, (route, []))[1].append(index)
+        groups = [
+            _Group(broker, _label(route), [cast("Event", events[i]) for i in indices], indices)
+            for broker, (route, indices) in places.items()
+        ]
+        return groups, failed
+
+    def _route(self, topic: str, event_type: str, min_durability: int) -> Route:
+        """Raises NoRoute and NotSupported."""
+        route = self.routes.route(topic, event_type)
+        self._check_durability(route, min_durability)
+        return route
 
     def _check_durability(self, route: Route, wanted: int) -> None:
         durability = self._brokers[route.broker].capabilities.durability
@@ -211,17 +220,21 @@ class Publisher:
     ) -> Outcomes:
         loop = asyncio.get_running_loop()
         started = time.perf_counter()  # uvloop's own clock stands still within a turn
-        if group.errors:
-            failed: Outcomes = loop.create_future()
-            failed.set_result(group.errors)
-            self._facts.published(Published("", "", group.errors, 0.0))
-            return failed
         count, size = len(group.events), sum(e.size for e in group.events)
         pending = self._pending[group.broker]
-        if not pending.try_enter(count, size):
-            await pending.enter(count, size, wait=wait)
         self._started()
-        outcomes = self._brokers[group.broker].publish(topic, group.events, broker_ids=broker_ids)
+        entered = False
+        try:
+            if not pending.try_enter(count, size):
+                await pending.enter(count, size, wait=wait)
+            entered = True
+            broker = self._brokers[group.broker]
+            outcomes = broker.publish(topic, group.events, broker_ids=broker_ids)
+        except BaseException:
+            if entered:
+                pending.leave(count, size)
+            self._ended()
+            raise
         answer: Outcomes = loop.create_future()
         timer = loop.call_later(timeout, outcomes.cancel) if not outcomes.done() else None
 
@@ -230,7 +243,7 @@ class Publisher:
                 timer.cancel()
             pending.leave(count, size)
             self._ended()
-            results = self._unknown(group, timeout) if done.cancelled() else done.result()
+            results = _results(done, group, timeout)
             self._facts.published(
                 Published(group.broker, group.label, results, time.perf_counter() - started)
             )
@@ -240,19 +253,11 @@ class Publisher:
         outcomes.add_done_callback(answered)
         return answer
 
-    def _unknown(self, group: _Group, timeout: float) -> Sequence[Outcome]:
-        error = OutcomeUnknown(
-            f"broker {group.broker!r} did not answer within {timeout:g} s: the event may be stored. "
-            "Publish it again with the same id",
-            broker=group.broker,
-        )
-        return [error] * len(group.events)
-
     # -- drain
 
     @property
     def under_way(self) -> int:
-        """Batches handed to brokers and not answered."""
+        """Batches that wait for room, or were handed to brokers and are not answered."""
         return self._under_way
 
     def _started(self) -> None:
@@ -265,37 +270,25 @@ class Publisher:
             self._idle.set()
 
     async def flushed(self) -> None:
-        """Wait until everything that was handed over is answered."""
+        """Wait until everything that was taken in is answered."""
         await self._idle.wait()
 
 
-class _Group:
+class _Group(NamedTuple):
     """The events of one call that go to one broker, and their places in the call."""
 
-    __slots__ = ("broker", "errors", "events", "indices", "label")
-
-    def __init__(
-        self, broker: str, label: str, events: Sequence[Event], indices: list[int] | None
-    ) -> None:
-        self.broker = broker
-        self.label = label
-        self.events = events
-        self.indices = indices
-        self.errors: list[Outcome] = []
-
-    @classmethod
-    def failed(cls, errors: list[SidecarError]) -> _Group:
-        group = cls("", "", [], None if errors else [])
-        group.errors = list(errors)
-        return group
+    broker: str
+    label: str
+    events: Sequence[Event]
+    indices: Sequence[int]
 
 
 class _Gathered:
     """The outcomes of one call from several brokers, put in their places."""
 
-    def __init__(self, events: Sequence[Event | SidecarError]) -> None:
-        self._outcomes: list[Outcome | None] = [None] * len(events)
-        self._missing = len(events)
+    def __init__(self, count: int) -> None:
+        self._outcomes: list[Outcome | None] = [None] * count
+        self._missing = count
         self.future: Outcomes = asyncio.get_running_loop().create_future()
 
     def put(self, indices: Sequence[int], outcomes: Sequence[Outcome]) -> None:
@@ -309,6 +302,38 @@ class _Gathered:
         part.add_done_callback(lambda done: self.put(indices, done.result()))
 
 
+def _are_alike(
+    events: Sequence[Event | SidecarError], *, any_type: bool
+) -> TypeGuard[Sequence[Event]]:
+    """All are events, and of one type where types matter: one look-up finds the way of all."""
+    if not all(type(event) is Event for event in events):
+        return False
+    return any_type or len({cast("Event", event).type for event in events}) == 1
+
+
+def _results(done: Outcomes, group: _Group, timeout: float) -> Sequence[Outcome]:
+    """What a driver's future says; one that was cancelled or failed as a whole says it of each."""
+    error: SidecarError
+    if done.cancelled():
+        error = OutcomeUnknown(
+            f"broker {group.broker!r} did not answer within {timeout:g} s: the event may be stored. "
+            "Publish it again with the same id",
+            broker=group.broker,
+        )
+    elif (raised := done.exception()) is None:
+        return done.result()
+    elif isinstance(raised, SidecarError):
+        error = raised
+    else:
+        log.error("broker %s: publishing failed", group.broker, exc_info=raised)
+        error = Internal(f"broker {group.broker!r}: publishing failed", broker=group.broker)
+    return [error] * len(group.events)
+
+
 def _label(route: Route) -> str:
-    """A route in metrics: its pattern, never the topic itself, which comes from outside."""
+    """
+    A route in metrics: its pattern, never the topic itself, which comes from outside.
+
+    Of several routes to one broker, in one call, the first event's stands for all.
+    """
     return route.topic or ""
