@@ -59,8 +59,17 @@ def serve(config: Config, *, announce: Callable[[str], None]) -> int:
     ConfigInvalid, AddressUnavailable or EmbeddedServerFailed when it cannot start.
     """
     logs.set_up(config.log.level, config.log.format)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(build(config).run(announce))
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(build(config).run(announce))
+    except* SidecarError as group:
+        # Task groups wrap what goes wrong while they start; the caller wants the error itself.
+        raise _first(group) from None
+
+
+def _first(group: BaseExceptionGroup[SidecarError]) -> SidecarError:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from sidecar.cli import configuration, exits
@@ -15,6 +16,10 @@ def run(path: Path | None, *, debug: bool) -> int:
     try:
         config = configuration.load(path)
         debug = debug or config.log.level == "debug"
+        # Before gRPC is loaded: it would print its own words about a taken address, and take part
+        # in the fork that starts the embedded server again.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # noqa: TID251 - gRPC reads nothing else
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # noqa: TID251
         from sidecar.app import serve  # noqa: PLC0415 - a wrong configuration is told without it
 
         return serve(config, announce=exits.complain)
