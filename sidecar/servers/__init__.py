@@ -1,0 +1,1 @@
+"""How apps and operators reach the sidecar: gRPC, HTTP, the admin port."""
