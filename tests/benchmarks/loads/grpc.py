@@ -1,0 +1,129 @@
+"""Loads on the gRPC door: unary callers, a publish stream, a consumer that acks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psutil
+
+from sidecar.v1 import pubsub_pb2 as pb
+from tests.benchmarks import events
+from tests.benchmarks.loads.http2 import Call, GrpcConnection
+from tests.benchmarks.meter import Meter, wait_until_idle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.benchmarks.spec import Sample, Spec
+
+PUBLISH = "/sidecar.v1.PubSub/Publish"
+PUBLISH_STREAM = "/sidecar.v1.PubSub/PublishStream"
+SUBSCRIBE = "/sidecar.v1.PubSub/Subscribe"
+MAX_UNDER_WAY = 256
+STREAM_WINDOW = 3200
+"""Events that a publish stream has under way, in at most MAX_UNDER_WAY requests."""
+
+
+async def unary(spec: Spec) -> Sample:
+    """Callers that each publish one event, wait for the receipt, and publish the next."""
+    meter = Meter(spec)
+    ids = events.Ids()
+    connection = await GrpcConnection.connect(spec.grpc_socket, PUBLISH)
+    publish = UnaryPublish(connection, events.publish_request(ids, spec.topic))
+
+    def answered(good: int) -> None:
+        meter.events += good
+        meter.failures += not good
+        if not meter.stopping and connection.lost is None:
+            publish.start(ids.take(1), answered)
+
+    for _ in range(spec.callers):
+        publish.start(ids.take(1), answered)
+    connection.flush()
+    return await meter.sample()
+
+
+class UnaryPublish:
+    """Publish calls of one event on one connection."""
+
+    def __init__(self, connection: GrpcConnection, template: bytes) -> None:
+        self._connection = connection
+        self._template = template
+
+    def start(self, holes: tuple[int, ...], answered: Callable[[int], None]) -> None:
+        """*answered* gets the number of receipts: one, or none."""
+        good = 0
+
+        def on_message(message: bytes) -> None:
+            nonlocal good
+            good = receipts(pb.PublishResponse.FromString(message))
+
+        call = self._connection.call(on_message, lambda: answered(good))
+        call.send(self._template % holes, end=True)
+
+
+def receipts(response: pb.PublishResponse | pb.PublishStreamResponse) -> int:
+    return sum(result.HasField("receipt") for result in response.results)
+
+
+async def stream(spec: Spec) -> Sample:
+    """One publish stream, with many requests under way."""
+    meter = Meter(spec)
+    ids = events.Ids()
+    template = events.publish_stream_request(ids, spec.topic, spec.batch)
+    connection = await GrpcConnection.connect(spec.grpc_socket, PUBLISH_STREAM)
+    call: Call
+
+    def on_message(message: bytes) -> None:
+        good = receipts(pb.PublishStreamResponse.FromString(message))
+        meter.events += good
+        meter.failures += spec.batch - good
+        if not meter.stopping:
+            call.send(template % ids.take(spec.batch))
+
+    call = connection.call(on_message, meter.run_out.set)
+    for _ in range(max(1, min(MAX_UNDER_WAY, STREAM_WINDOW // spec.batch))):
+        call.send(template % ids.take(spec.batch))
+    connection.flush()
+    return await meter.sample()
+
+
+async def consume(spec: Spec) -> Sample:
+    """One Subscribe stream that acks each batch as it comes and gives the credit back."""
+    await wait_until_idle(psutil.Process(spec.broker_pid))
+    meter = Meter(spec)
+    connection = await GrpcConnection.connect(spec.grpc_socket, SUBSCRIBE)
+    call: Call
+
+    def on_message(message: bytes) -> None:
+        response = pb.SubscribeResponse.FromString(message)
+        count = len(response.deliveries)
+        meter.failures += len(response.rejected_settlements)
+        if not count:
+            return
+        meter.events += count
+        if meter.events >= spec.events:
+            meter.run_out.set()
+        call.send(acks(response))
+
+    call = connection.call(on_message, meter.run_out.set)
+    call.send(subscribe(spec))
+    connection.flush()
+    return await meter.sample()
+
+
+def subscribe(spec: Spec) -> bytes:
+    """The first message of a Subscribe stream: opened inline, from the first event."""
+    described = pb.SubscriptionSpec(
+        name=spec.subscription, topic=spec.topic, max_in_flight=spec.window
+    )
+    opened = pb.SubscribeOpen(spec=described)
+    return pb.SubscribeRequest(open=opened, credit=spec.window).SerializeToString()
+
+
+def acks(response: pb.SubscribeResponse) -> bytes:
+    request = pb.SubscribeRequest(credit=len(response.deliveries))
+    add = request.settlements.add
+    for delivery in response.deliveries:
+        add(token=delivery.token, verdict=pb.VERDICT_ACK)
+    return request.SerializeToString()

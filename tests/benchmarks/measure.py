@@ -1,0 +1,146 @@
+"""Runs the benchmarks: raw and sidecar in turn, each load in a process of its own."""
+
+from __future__ import annotations
+
+import pstats
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from tests.benchmarks.running import ROOT, Sidecar
+from tests.benchmarks.spec import Sample, Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.benchmarks.benches import Bench
+    from tests.benchmarks.targets.target import Target
+
+TOPIC = "benchmarks.made"
+IDLE_SECONDS = 2.0
+
+
+class Effort(NamedTuple):
+    """How long and how often."""
+
+    rounds: int
+    seconds: float
+    warm_seconds: float
+    events_to_consume: int
+    starts: int
+
+
+FULL = Effort(rounds=5, seconds=3.0, warm_seconds=0.7, events_to_consume=200_000, starts=5)
+QUICK = Effort(rounds=2, seconds=1.0, warm_seconds=0.4, events_to_consume=50_000, starts=2)
+
+
+class Result(msgspec.Struct, frozen=True):
+    """The rounds of one benchmark; both have the same length, and were run in turn."""
+
+    bench: Bench
+    raw: list[Sample]
+    sidecar: list[Sample]
+
+
+class Starts(msgspec.Struct, frozen=True):
+    """How long several starts took, until ready, and the memory of each once it had nothing to do."""
+
+    title: str
+    seconds: list[float]
+    idle_bytes: list[int]
+
+
+def run(bench: Bench, target: Target, effort: Effort) -> Result:
+    """The rounds of *bench*, on a sidecar of its own."""
+    raw, ours = [], []
+    with Sidecar(target.config) as sidecar:
+        _prepare(bench, target, effort)
+        for number in range(effort.rounds):
+            raw.append(_round(bench, target, effort, number, None))
+            ours.append(_round(bench, target, effort, number, sidecar))
+    return Result(bench, raw, ours)
+
+
+def profile(bench: Bench, target: Target, effort: Effort, lines: int) -> None:
+    """Print where the sidecar's own functions take their time, as cProfile sees it."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "profile"
+        with Sidecar(target.config, profile=file) as sidecar:
+            _prepare(bench, target, effort)
+            sample = _round(bench, target, effort, 0, sidecar)
+        stats = pstats.Stats(str(file))
+        sys.stdout.write(f"{sample.cpu_us:.0f} µs per event, cProfile's own included\n")
+        stats.strip_dirs().sort_stats("tottime").print_stats(lines)
+
+
+def starts(target: Target, effort: Effort, tell: Callable[[str], None]) -> list[Starts]:
+    """Start to ready and idle memory, with the broker there already, and with the embedded server."""
+    measured = []
+    for title, config in (("external broker", target.config), ("embedded server", "")):
+        tell(f"start, {title}")
+        seconds, idle = [], []
+        for _ in range(effort.starts):
+            with Sidecar(config) as sidecar:
+                seconds.append(sidecar.start_seconds)
+                time.sleep(IDLE_SECONDS)
+                idle.append(sidecar.rss_bytes)
+        measured.append(Starts(title, seconds, idle))
+    return measured
+
+
+def _prepare(bench: Bench, target: Target, effort: Effort) -> None:
+    target.empty(TOPIC)
+    if bench.load == "consume":
+        _load(
+            Spec(
+                load="fill",
+                target=target.name,
+                broker_url=target.url,
+                broker_pid=target.pid,
+                topic=TOPIC,
+                events=effort.events_to_consume,
+                warm_seconds=0,
+                seconds=60,
+            )
+        )
+
+
+def _round(
+    bench: Bench, target: Target, effort: Effort, number: int, sidecar: Sidecar | None
+) -> Sample:
+    """One round, of the raw client where there is no *sidecar*. Raises if anything failed in it."""
+    if bench.load != "consume":
+        target.empty(TOPIC)
+    sample = _load(
+        Spec(
+            load=bench.load if sidecar else bench.raw,
+            target=target.name,
+            broker_url=target.url,
+            broker_pid=target.pid,
+            topic=TOPIC,
+            grpc_socket=sidecar.grpc_socket if sidecar else "",
+            http_socket=sidecar.http_socket if sidecar else "",
+            watched_pid=sidecar.pid if sidecar else 0,
+            callers=bench.callers,
+            batch=bench.batch,
+            window=bench.window,
+            events=effort.events_to_consume,
+            subscription=f"{bench.name}-{'sidecar' if sidecar else 'raw'}-{number}",
+            warm_seconds=effort.warm_seconds,
+            seconds=effort.seconds,
+        )
+    )
+    if sample.failures or not sample.events:
+        raise RuntimeError(f"{bench.name}: {sample.failures} failures, {sample.events} events")
+    return sample
+
+
+def _load(spec: Spec) -> Sample:
+    command = [sys.executable, "-m", "tests.benchmarks.worker", msgspec.json.encode(spec).decode()]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, timeout=120)
+    return msgspec.json.decode(done.stdout, type=Sample)

@@ -1,0 +1,14 @@
+"""The brokers that can be measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.benchmarks.targets.jetstream import JetStream
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tests.benchmarks.targets.target import Target
+
+TARGETS: Mapping[str, type[Target]] = {JetStream.name: JetStream}
