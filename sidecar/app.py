@@ -227,7 +227,14 @@ class App:
         listening: Sequence[socket.socket],
     ) -> None:
         if listening:
-            door = Door(app, listening, tasks=tasks)
+            limits = self.config.limits
+            door = Door(
+                app,
+                listening,
+                tasks=tasks,
+                max_connections=limits.max_streams,
+                receive_seconds=limits.open_timeout_seconds,
+            )
             await door.start()
             doors.push_async_callback(door.stop, GRACE_SECONDS)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -14,6 +14,9 @@ from sidecar.v1 import event_pb2 as ev
 from sidecar.v1 import pubsub_pb2 as pb
 from tests.support.nats_server import NatsServer
 from tests.support.sidecar_process import SidecarProcess
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
 TOPIC = "drill.events"
 KEYS = 1000
@@ -76,18 +79,21 @@ class Report:
 
     def text(self) -> str:
         seen = {name: len(view.seen) for name, view in self.views.items()}
-        return "\n".join(
-            [
-                f"   published {self.events}, acknowledged {len(self.acknowledged)}, "
-                f"failed {dict(self.failed)}, receipts marked duplicate {self.duplicate_receipts}",
-                f"   deliveries by sidecar {seen}",
-                f"   acknowledged and missing: {len(self.missing)}",
-                f"   delivered again: {self.again} (deliveries with attempt > 1: "
-                f"{self.again_as_retry}; delivered, never acknowledged: {len(self.unknown)})",
-                f"   first deliveries of a key out of order: {self.disorder}",
-                f"   {'HOLDS' if self.holds else 'DOES NOT HOLD'}",
-            ]
+        lines = (
+            (
+                f"published {self.events}, acknowledged {len(self.acknowledged)}, failed "
+                f"{dict(self.failed)}, receipts marked duplicate {self.duplicate_receipts}"
+            ),
+            f"deliveries by sidecar {seen}",
+            f"acknowledged and missing: {len(self.missing)}",
+            (
+                f"delivered again: {self.again} (deliveries with attempt > 1: {self.again_as_retry}; "
+                f"delivered, never acknowledged: {len(self.unknown)})"
+            ),
+            f"first deliveries of a key out of order: {self.disorder}",
+            "HOLDS" if self.holds else "DOES NOT HOLD",
         )
+        return "\n".join(f"   {line}" for line in lines)
 
 
 def _disorder(view: View) -> int:
@@ -105,7 +111,9 @@ def _disorder(view: View) -> int:
 class Drill:
     """One run: a server, two sidecars, a publisher on the first, a consumer on each."""
 
-    def __init__(self, server: NatsServer, sidecars: dict[str, SidecarProcess], events: int) -> None:
+    def __init__(
+        self, server: NatsServer, sidecars: dict[str, SidecarProcess], events: int
+    ) -> None:
         self.server = server
         self.sidecars = sidecars
         self.events = events
@@ -115,7 +123,7 @@ class Drill:
         self.views = {name: View() for name in sidecars}
         self.last_delivery = 0.0
 
-    async def run(self, disturb: Callable[[Drill], Awaitable[None]] | None) -> Report:
+    async def run(self, disturb: Callable[[Drill], Coroutine[None, None, None]] | None) -> Report:
         async with asyncio.TaskGroup() as tasks:
             consumers = [tasks.create_task(self._consume(name)) for name in self.sidecars]
             disturbing = tasks.create_task(disturb(self)) if disturb else None
@@ -286,7 +294,7 @@ async def sidecar_killed(events: int) -> Report:
         return await drill.run(disturb)
 
 
-SCENARIOS: dict[str, Callable[[int], Awaitable[Report]]] = {
+SCENARIOS: dict[str, Callable[[int], Coroutine[None, None, Report]]] = {
     "undisturbed": undisturbed,
     "server_stopped": server_stopped,
     "sidecar_killed": sidecar_killed,

@@ -1,0 +1,39 @@
+"""Fixtures that every test may use: the event loop, a real nats-server, a running sidecar."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.nats_server import NatsServer
+from tests.support.sidecar_process import SidecarProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def anyio_backend() -> Any:
+    """uvloop, as in production; modules that must hold on both loops say so."""
+    return ("asyncio", {"use_uvloop": True})
+
+
+@pytest.fixture
+def nats_server() -> Iterator[NatsServer]:
+    with NatsServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def sidecar() -> Iterator[SidecarProcess]:
+    """One sidecar for a module's tests, with the embedded nats-server; use names of your own."""
+    with SidecarProcess() as running:
+        yield running
+
+
+@pytest.fixture
+def default_sidecar() -> Iterator[SidecarProcess]:
+    """A sidecar as a newcomer has it: nothing published yet."""
+    with SidecarProcess() as running:
+        yield running
