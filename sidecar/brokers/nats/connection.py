@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import random
@@ -14,7 +15,7 @@ from nats.aio.client import Client
 from nats.protocol.parser import Parser
 
 from sidecar.broker import BrokerState
-from sidecar.errors import BrokerRefused, BrokerUnavailable
+from sidecar.errors import BrokerRefused, BrokerUnavailable, ConfigInvalid, SidecarError
 
 if TYPE_CHECKING:
     from sidecar.config import NatsConnection
@@ -23,6 +24,10 @@ log = logging.getLogger(__name__)
 
 OnMessage = Callable[[bytes, bytes, "bytes | None", bytes], None]
 """subject, reply (empty: none), header block or None, payload. Synchronous; must not raise."""
+OnAnswer = Callable[["dict[str, Any] | SidecarError"], None]
+
+NO_RESPONDERS = b"NATS/1.0 503"
+"""How the headers begin when nobody listens on the subject that was published to."""
 
 
 class FrameParser(Parser):  # type: ignore[misc] # nats-py is untyped
@@ -44,15 +49,16 @@ class FrameParser(Parser):  # type: ignore[misc] # nats-py is untyped
         self._have = 0
         self._want = 0
 
-    async def parse(self, data: bytes = b"") -> None:
-        if self._chunks:
+    async def parse(self, data: bytes = b"") -> None:  # noqa: C901, PLR0912 - each call costs 50 ns
+        chunks = self._chunks
+        if chunks:
             # A large payload arrives in many reads: join them once, when it is complete.
-            self._chunks.append(data)
+            chunks.append(data)
             self._have += len(data)
             if self._have < self._want:
                 return
-            data = b"".join(self._chunks)
-            self._chunks.clear()
+            data = b"".join(chunks)
+            chunks.clear()
         end = len(data)
         position = 0
         self._want = 0
@@ -88,9 +94,13 @@ class FrameParser(Parser):  # type: ignore[misc] # nats-py is untyped
                 line = data[position:line_end]
                 position = line_end + 2
                 await self._control(line)
+                if self._chunks is not chunks:
+                    # Non-obvious: an error ended the connection and reset us. What is left
+                    # belongs to it, and must not be put before the next one's first bytes.
+                    return
         if position < end:
             rest = data[position:]
-            self._chunks.append(rest)
+            chunks.append(rest)
             self._have = len(rest)
 
     async def _control(self, line: bytes) -> None:
@@ -128,6 +138,11 @@ class Connection:
         self._subscriptions: dict[str, tuple[str, str, OnMessage]] = {}
         self._subs: dict[str, Any] = {}
         self._inboxes = 0
+        self._questions: dict[int, tuple[OnAnswer, asyncio.TimerHandle]] = {}
+        self._asked = 0
+        replies = self.new_inbox()
+        self._replies = replies.encode()
+        self._subscriptions["replies"] = (f"{replies}.*", "", self._on_reply)
         self._last_error = ""
         self._ended: asyncio.Event = asyncio.Event()
         self.live = False
@@ -135,6 +150,7 @@ class Connection:
         self.on_state: Callable[[BrokerState], None] = lambda _state: None
         self.on_live: list[Callable[[], None]] = []
         self.on_lost: list[Callable[[], None]] = []
+        self.on_closed: list[Callable[[], None]] = []
 
     @property
     def max_payload(self) -> int:
@@ -142,48 +158,45 @@ class Connection:
         return client.max_payload if client is not None and client.max_payload else 1024 * 1024
 
     async def connect(self) -> None:
-        """Raises BrokerUnavailable, or BrokerRefused for wrong credentials."""
-        if self._client is not None:
-            client, self._client = self._client, None
-            await _close(client)
+        """Raises BrokerUnavailable, or BrokerRefused for wrong credentials. When live: nothing."""
+        if self.live:
+            return
+        await self._let_go()
         self._ended.clear()
-        self._handlers.clear()
+        self._last_error = ""
+        self._handlers = {}
         self._subs.clear()
         client = Client()
         client._ps = FrameParser(client, self._handlers)
-        self._last_error = ""
         servers = [self._embedded[0]] if self._embedded else self._settings.servers
+        await self._dial(client, servers)
+        client.options["allow_reconnect"] = True
+        client.options["max_reconnect_attempts"] = -1
+        self._client = client
+        for key in list(self._subscriptions):
+            await self._open(key)
+        if client.is_connected:
+            self._went_live()
+
+    async def _dial(self, client: Client, servers: list[str]) -> None:
         patience = self._settings.connect_timeout_seconds * len(servers) + 0.5
         try:
             async with asyncio.timeout(patience):
                 await client.connect(**self._options(servers))
-        except TimeoutError as error:
+        except (nats_errors.Error, OSError) as error:  # TimeoutError is an OSError
             await _close(client)
-            raise self._unavailable(servers, self._last_error or "no answer") from error
-        except asyncio.CancelledError:
-            await _close(client)
-            raise
-        except (nats_errors.Error, OSError) as error:
-            await _close(client)
-            if (
-                isinstance(error, nats_errors.AuthorizationError)
-                or "authorization" in str(error).lower()
-            ):
+            if _is_refusal(error):
                 raise BrokerRefused(
                     f"the NATS server at {_listed(servers)} refused the credentials",
                     server=_listed(servers),
                 ) from error
-            raise self._unavailable(servers, str(error)) from error
-        client.options["allow_reconnect"] = True
-        self._client = client
-        for key, (subject, queue, handler) in self._subscriptions.items():
-            await self._open(key, subject, queue, handler)
-        self._went_live()
-
-    def _unavailable(self, servers: list[str], why: str) -> BrokerUnavailable:
-        return BrokerUnavailable(
-            f"cannot connect to NATS at {_listed(servers)}: {why}", server=_listed(servers)
-        )
+            why = self._last_error or str(error) or "no answer"
+            raise BrokerUnavailable(
+                f"cannot connect to NATS at {_listed(servers)}: {why}", server=_listed(servers)
+            ) from error
+        except BaseException:
+            await _close(client)
+            raise
 
     def _options(self, servers: list[str]) -> dict[str, Any]:
         settings = self._settings
@@ -193,9 +206,11 @@ class Connection:
         options: dict[str, Any] = {
             "servers": servers,
             "name": self._client_name,
-            "allow_reconnect": False,  # until it connected once: then the first error is the answer
-            "max_reconnect_attempts": -1,
-            "reconnect_time_wait": pause * random.uniform(0.8, 1.2),
+            # Until it connected once, the first error is the answer, and each server is tried once:
+            # nats-py drops those that failed more often than this.
+            "allow_reconnect": False,
+            "max_reconnect_attempts": 0.5,
+            "reconnect_time_wait": pause * random.uniform(0.8, 1.2),  # spread, no secret
             "connect_timeout": settings.connect_timeout_seconds,
             "ping_interval": settings.ping_seconds,
             "max_outstanding_pings": 2,
@@ -204,19 +219,25 @@ class Connection:
             "reconnected_cb": self._on_reconnected,
             "closed_cb": self._on_closed,
         }
-        if self._embedded:
-            options["token"] = self._embedded[1]
-        elif token := settings.secret("token"):
-            options["token"] = token
-        if settings.user:
-            options["user"] = settings.user
-            options["password"] = settings.secret("password")
+        try:
+            if self._embedded:
+                options["token"] = self._embedded[1]
+            elif token := settings.secret("token"):
+                options["token"] = token
+            if settings.user:
+                options["user"] = settings.user
+                options["password"] = settings.secret("password")
+        except ConfigInvalid as error:  # the file of a secret is gone
+            raise BrokerRefused(f"no credentials for NATS: {error.message}") from error
         return options
 
     # -- what nats-py tells us
 
     async def _on_error(self, error: Exception) -> None:
         self._last_error = str(error) or type(error).__name__
+        if self._client is not None and _is_refusal(error):
+            # nats-py would try the same credentials for ever; connect() reads them anew.
+            self._ended.set()
 
     async def _on_disconnected(self) -> None:
         self._went_away(self._last_error or "connection lost")
@@ -229,9 +250,10 @@ class Connection:
         self._ended.set()
 
     def _went_live(self) -> None:
-        assert self._client is not None
+        assert self._client is not None  # only called by a client that connected
         self.live = True
-        for callback in self.on_live:
+        self._last_error = ""
+        for callback in list(self.on_live):
             callback()
         url = self._client.connected_url
         self.on_state(
@@ -244,12 +266,14 @@ class Connection:
         if not self.live:
             return
         self.live = False
-        for callback in self.on_lost:
+        for callback in list(self.on_lost):
             callback()
+        for number in list(self._questions):
+            self._answer(number, BrokerUnavailable("the connection to NATS broke"))
         self.on_state(BrokerState(connected=False, detail=why))
 
     async def ended(self) -> None:
-        """Wait until the client gave up for good (credentials changed); connect again then."""
+        """Wait until the client gave up for good, or is refused; connect again then."""
         await self._ended.wait()
 
     # -- bytes
@@ -259,24 +283,30 @@ class Connection:
         client = self._client
         if not self.live or client is None or not client.is_connected:
             return False
-        client._transport.write(frames)
+        try:
+            client._transport.write(frames)
+        except RuntimeError:  # uvloop, when the socket is closed and nats-py does not know yet
+            return False
         return True
 
-    def confirm(self, answered: Callable[[], None]) -> None:
-        """Write a PING; *answered* is called when the server has read all that was written before."""
-        client = self._client
-        assert client is not None
+    def confirm(self, answered: Callable[[], None]) -> bool:
+        """
+        Write a PING; *answered* is called when the server has read all that was written before.
+
+        It is never called when the connection breaks first. False: not connected.
+        """
+        if not self.write(b"PING\r\n"):
+            return False
         pong = asyncio.get_running_loop().create_future()
         pong.add_done_callback(lambda future: None if future.cancelled() else answered())
-        client._pongs.append(pong)
-        client._transport.write(b"PING\r\n")
+        self._client._pongs.append(pong)  # type: ignore[union-attr] # it took the write
+        return True
 
     async def flushed(self, seconds: float) -> bool:
         """Wait until the server has read all that was written, for so long at most."""
-        if not self.live:
-            return False
         done = asyncio.Event()
-        self.confirm(done.set)
+        if not self.confirm(done.set):
+            return False
         try:
             async with asyncio.timeout(seconds):
                 await done.wait()
@@ -289,78 +319,152 @@ class Connection:
     def new_inbox(self) -> str:
         """A subject prefix nobody else uses."""
         self._inboxes += 1
-        return f"_INBOX.{random.getrandbits(96):024x}.{self._inboxes}"
+        return f"_INBOX.{random.getrandbits(96):024x}.{self._inboxes}"  # unique, no secret
 
     async def subscribe(self, subject: str, handler: OnMessage, *, queue: str = "") -> str:
-        """Raw frames of *subject* to *handler*, also after reconnects; answers a key to unsubscribe."""
+        """
+        Raw frames of *subject* to *handler*, from now on and after every (re)connect.
+
+        Answers a key to unsubscribe. What is written after this is read after the subscription.
+        """
         self._inboxes += 1
         key = str(self._inboxes)
         self._subscriptions[key] = (subject, queue, handler)
-        await self._open(key, subject, queue, handler)
+        await self._open(key)
         return key
 
-    async def _open(self, key: str, subject: str, queue: str, handler: OnMessage) -> None:
-        client = self._client
-        if client is None:
+    async def _open(self, key: str) -> None:
+        client, subscription = self._client, self._subscriptions.get(key)
+        if client is None or subscription is None:
             return
+        subject, queue, handler = subscription
         # Non-obvious: subscribe() takes the next sid before its first await, so the handler is in
         # place before the first frame can arrive.
         self._handlers[str(client._sid + 1).encode()] = handler
         try:
             self._subs[key] = await client.subscribe(subject, queue=queue)
         except nats_errors.Error as error:
+            self._subscriptions.pop(key, None)
             raise BrokerUnavailable(f"cannot subscribe to {subject!r}: {error}") from error
+        _write_pending(client)
 
-    async def unsubscribe(self, key: str) -> None:
-        """Never raises."""
+    async def unsubscribe(self, key: str, *, seconds: float = 2) -> None:
+        """
+        End a subscription; what the server had sent before still comes to its handler.
+
+        Never raises; waits for the server for so long at most.
+        """
         self._subscriptions.pop(key, None)
         sub = self._subs.pop(key, None)
-        if sub is None:
+        client, handlers = self._client, self._handlers
+        if sub is None or client is None:
             return
-        self._handlers.pop(str(sub._id).encode(), None)
         try:
             await sub.unsubscribe()
+            _write_pending(client)
+            await self.flushed(seconds)
         except nats_errors.Error:
             log.debug("unsubscribing from %s: the connection is gone", sub.subject)
+        finally:
+            handlers.pop(str(sub._id).encode(), None)
 
-    async def call(self, subject: str, payload: object, *, timeout: float = 5) -> dict[str, Any]:
-        """
-        A JSON request of the server's API; the answer, errors included, as a dict.
+    # -- questions to the server
 
-        Raises BrokerUnavailable when not connected or not answered in time.
+    def ask(self, subject: str, payload: object, then: OnAnswer, *, seconds: float) -> None:
         """
-        client = self._client
-        if client is None or not client.is_connected:
-            raise BrokerUnavailable("not connected to NATS")
+        A JSON request of the server's API; *then* is called once, soon or now.
+
+        It gets the answer, errors of the API included, or BrokerUnavailable when there is none.
+        """
+        self._asked += 1
+        number = self._asked
         body = json.dumps(payload).encode() if payload is not None else b""
-        try:
-            answer = await client.request(subject, body, timeout=timeout)
-        except nats_errors.NoRespondersError as error:
-            raise BrokerUnavailable(
-                f"no answer to {subject.split('.')[2]}: is JetStream enabled on the server?"
-            ) from error
-        except (nats_errors.Error, TimeoutError) as error:
-            raise BrokerUnavailable(f"the NATS server did not answer in {timeout:g} s") from error
-        decoded: dict[str, Any] = json.loads(answer.data)
-        return decoded
+        silence = BrokerUnavailable(f"the NATS server did not answer in {seconds:g} s")
+        timer = asyncio.get_running_loop().call_later(seconds, self._answer, number, silence)
+        self._questions[number] = then, timer
+        frame = b"PUB %b %b.%d %d\r\n%b\r\n"
+        if not self.write(frame % (subject.encode(), self._replies, number, len(body), body)):
+            self._answer(number, BrokerUnavailable("not connected to NATS"))
+
+    async def call(
+        self, subject: str, payload: object = None, *, seconds: float = 5
+    ) -> dict[str, Any]:
+        """The same for who waits. Raises BrokerUnavailable."""
+        future: asyncio.Future[dict[str, Any] | SidecarError]
+        future = asyncio.get_running_loop().create_future()
+        self.ask(
+            subject,
+            payload,
+            lambda a: None if future.done() else future.set_result(a),
+            seconds=seconds,
+        )
+        answer = await future
+        if isinstance(answer, SidecarError):
+            raise answer
+        return answer
+
+    def _on_reply(self, subject: bytes, _reply: bytes, headers: bytes | None, data: bytes) -> None:
+        number = int(subject.rpartition(b".")[2])
+        if headers is not None and headers.startswith(NO_RESPONDERS):
+            nobody = BrokerUnavailable("JetStream does not answer: is it enabled on the server?")
+            self._answer(number, nobody)
+        else:
+            self._answer(number, json.loads(data))
+
+    def _answer(self, number: int, answer: dict[str, Any] | SidecarError) -> None:
+        question = self._questions.pop(number, None)
+        if question is not None:
+            then, timer = question
+            timer.cancel()
+            then(answer)
 
     async def close(self) -> None:
         """Never raises; bounded by two seconds."""
-        self.live = False
+        for callback in list(self.on_closed):
+            callback()
+        self._went_away("closed")
+        await self._let_go()
+
+    async def _let_go(self) -> None:
         client, self._client = self._client, None
-        self._subscriptions.clear()
         if client is not None:
             await _close(client)
 
 
+def _write_pending(client: Client) -> None:
+    """
+    What nats-py has queued, now: its own writer runs a turn later.
+
+    Non-obvious: without this, a request that we write straight away overtakes the SUB of its answer.
+    """
+    if client.is_connected and client._pending:
+        queued, client._pending = client._pending, []
+        client._pending_data_size = 0
+        with contextlib.suppress(RuntimeError):  # closed: a reconnect subscribes again
+            client._transport.writelines(queued)
+
+
 async def _close(client: Client) -> None:
-    client._disconnected_cb = client._closed_cb = None
+    client._disconnected_cb = client._closed_cb = None  # we know
     try:
         async with asyncio.timeout(2):
             await client.close()
-    except (nats_errors.Error, OSError, TimeoutError, AttributeError, AssertionError) as error:
+    except TimeoutError:  # the server reads no more: do not keep the socket for it
+        writer = getattr(client._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+    except (nats_errors.Error, OSError, AttributeError, AssertionError) as error:
         # AttributeError, AssertionError: closing a client that never connected.
         log.debug("closing the NATS connection: %r", error)
+
+
+_REFUSALS = ("authorization violation", "authentication expired", "authentication revoked")
+"""What the server says of credentials, in its -ERR lines (nats-server, server/errors.go)."""
+
+
+def _is_refusal(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, nats_errors.AuthorizationError) or any(r in text for r in _REFUSALS)
 
 
 def _listed(servers: list[str]) -> str:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from sidecar.config import Nats as Settings
 
 
+_FLUSH_SECONDS = 2.0
+
+
 class NatsBroker(Broker):
     """
     Core NATS. A receipt says `sent`: the server has read the event, nobody stored it.
@@ -61,7 +64,7 @@ class NatsBroker(Broker):
         self._connection.on_state = lambda state: self.on_state(state)  # noqa: PLW0108 - set later
         self._connection.on_live.append(self._send_waiting)
         self._connection.on_lost.append(self._fail_unconfirmed)
-        self._waiting: deque[_Sending] = deque()
+        self._waiting: dict[_Sending, None] = {}
         self._unconfirmed: deque[_Sending] = deque()
         self._ping_due = False
 
@@ -78,33 +81,22 @@ class NatsBroker(Broker):
     def publish(
         self, topic: str, events: Sequence[Event], *, broker_ids: Sequence[str] | None = None
     ) -> asyncio.Future[Sequence[Outcome]]:
-        sending = _Sending(self._encode(topic, events))
+        sending = _Sending(topic, events)
         if self._connection.live and not self._waiting:
             self._send(sending)
         else:
-            self._waiting.append(sending)
-            sending.future.add_done_callback(lambda _done: self._forget(sending))
+            self._wait(sending)
         return sending.future
 
-    def _encode(self, topic: str, events: Sequence[Event]) -> tuple[bytes, list[Outcome]]:
-        frames, outcomes = [], list[Outcome]()
-        limit = self._connection.max_payload
-        for event in events:
-            headers, payload = binding.encode(event, structured=self._structured)
-            size = len(headers) + len(payload)
-            if size > limit:
-                outcomes.append(too_large(size, limit, self.name))
-                continue
-            frames.append(
-                b"HPUB %b %d %d\r\n%b%b\r\n"
-                % (topic.encode(), len(headers), size, headers, payload)
-            )
-            outcomes.append(Receipt(event.id, self.name, topic, Durability.SENT))
-        return b"".join(frames), outcomes
+    def _wait(self, sending: _Sending) -> None:
+        """Until the connection is back, or the caller gives up."""
+        self._waiting[sending] = None
+        sending.future.add_done_callback(lambda _done: self._waiting.pop(sending, None))
 
     def _send(self, sending: _Sending) -> None:
-        if not self._connection.write(sending.frames):
-            self._waiting.append(sending)
+        frames = self._encode(sending)
+        if not self._connection.write(frames):
+            self._wait(sending)
             return
         self._unconfirmed.append(sending)
         if not self._ping_due:
@@ -112,16 +104,32 @@ class NatsBroker(Broker):
             self._ping_due = True
             asyncio.get_running_loop().call_soon(self._ping)
 
+    def _encode(self, sending: _Sending) -> bytes:
+        """The frames of those events that the server takes; what is too large has its outcome."""
+        frames, outcomes = [], list[Outcome]()
+        limit = self._connection.max_payload
+        topic = sending.topic.encode()
+        for event in sending.events:
+            headers, payload = binding.encode(event, structured=self._structured)
+            size = len(headers) + len(payload)
+            if size > limit:
+                outcomes.append(too_large(size, limit, self.name))
+                continue
+            frames.append(
+                b"HPUB %b %d %d\r\n%b%b\r\n" % (topic, len(headers), size, headers, payload)
+            )
+            outcomes.append(Receipt(event.id, self.name, sending.topic, Durability.SENT))
+        sending.outcomes = outcomes
+        return b"".join(frames)
+
     def _ping(self) -> None:
         self._ping_due = False
-        confirmed = len(self._unconfirmed)
-        if confirmed and self._connection.live:
+        if self._unconfirmed:
             last = self._unconfirmed[-1]
             self._connection.confirm(lambda: self._confirmed(last))
 
     def _confirmed(self, last: _Sending) -> None:
-        if last not in self._unconfirmed:
-            return
+        """The server has read *last* and what was written before. Not called on another connection."""
         while self._unconfirmed:
             sending = self._unconfirmed.popleft()
             sending.finish()
@@ -129,14 +137,10 @@ class NatsBroker(Broker):
                 return
 
     def _send_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, deque()
+        waiting, self._waiting = self._waiting, {}
         for sending in waiting:
-            if not sending.future.cancelled():
+            if not sending.future.done():
                 self._send(sending)
-
-    def _forget(self, sending: _Sending) -> None:
-        if sending.future.cancelled() and sending in self._waiting:
-            self._waiting.remove(sending)
 
     def _fail_unconfirmed(self) -> None:
         while self._unconfirmed:
@@ -160,18 +164,20 @@ class NatsBroker(Broker):
 
     async def close(self) -> None:
         self._fail_unconfirmed()
-        while self._waiting:
-            self._waiting.popleft().fail(BrokerUnavailable(f"broker {self.name!r} was closed"))
+        for sending in list(self._waiting):
+            sending.fail(BrokerUnavailable(f"broker {self.name!r} was closed", broker=self.name))
         await self._connection.close()
 
 
 class _Sending:
-    """One publish call: its frames, and what becomes of its events once the server read them."""
+    """One publish call: its events, and what becomes of them once the server read them."""
 
-    __slots__ = ("frames", "future", "outcomes")
+    __slots__ = ("events", "future", "outcomes", "topic")
 
-    def __init__(self, encoded: tuple[bytes, list[Outcome]]) -> None:
-        self.frames, self.outcomes = encoded
+    def __init__(self, topic: str, events: Sequence[Event]) -> None:
+        self.topic = topic
+        self.events = events
+        self.outcomes: list[Outcome] = []
         self.future: asyncio.Future[Sequence[Outcome]] = asyncio.get_running_loop().create_future()
 
     def finish(self) -> None:
@@ -179,8 +185,10 @@ class _Sending:
             self.future.set_result(self.outcomes)
 
     def fail(self, error: SidecarError) -> None:
+        """All that was not refused before fails with *error*."""
+        refused = {i: o for i, o in enumerate(self.outcomes) if isinstance(o, SidecarError)}
         if not self.future.done():
-            self.future.set_result([error if isinstance(o, Receipt) else o for o in self.outcomes])
+            self.future.set_result([refused.get(i, error) for i in range(len(self.events))])
 
 
 class NatsSource(Source):
@@ -199,9 +207,12 @@ class NatsSource(Source):
         self._dropped = 0
 
     async def open(self) -> None:
+        self._connection.on_closed.append(self._end)
         self._key = await self._connection.subscribe(
             self._interest.topic, self._on_frame, queue=self._interest.name
         )
+        # Who publishes on another connection from now on is to be heard.
+        await self._connection.flushed(_FLUSH_SECONDS)
 
     @property
     def dropped(self) -> int:
@@ -215,9 +226,11 @@ class NatsSource(Source):
         self._arrived.set()
 
     async def fetch(self, limit: int) -> Sequence[Incoming]:
-        while not self._buffer:
+        while True:
             if self._closed:
-                raise SourceLost("closed")
+                raise SourceLost("closed", subscription=self._interest.name)
+            if self._buffer:
+                break
             self._arrived.clear()
             await self._arrived.wait()
         taken = []
@@ -230,7 +243,7 @@ class NatsSource(Source):
 
     def _incoming(self, subject: bytes, headers: bytes | None, data: bytes) -> Incoming:
         self._numbers += 1
-        topic = subject.decode()
+        topic = subject.decode(errors="replace")
         event, problem = None, ""
         try:
             event = binding.decode(headers, data, Defaults(source=f"/{topic}", type=topic))
@@ -262,7 +275,12 @@ class NatsSource(Source):
     async def lag(self) -> int | None:
         return None
 
-    async def close(self) -> None:
+    def _end(self) -> None:
         self._closed = True
         self._arrived.set()
-        await self._connection.unsubscribe(self._key)
+
+    async def close(self) -> None:
+        self._end()
+        if self._end in self._connection.on_closed:
+            self._connection.on_closed.remove(self._end)
+        await self._connection.unsubscribe(self._key, seconds=0)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sidecar.broker import Broker, Capabilities, Interest, Source, Start
 from sidecar.brokers.nats.connection import Connection
-from sidecar.brokers.nats.publisher import StreamPublisher
+from sidecar.brokers.nats.publisher import ANSWER_SECONDS, StreamPublisher
 from sidecar.brokers.nats.source import Feed, StreamSource
 from sidecar.errors import (
     BrokerRefused,
     BrokerUnavailable,
     NotSupported,
+    OutcomeUnknown,
     SidecarError,
     TopicMissing,
 )
@@ -21,14 +21,16 @@ from sidecar.wire.timestamps import format_rfc3339
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Sequence
+    from collections.abc import Collection, Sequence
 
+    from sidecar.brokers.nats.connection import OnAnswer
+    from sidecar.brokers.nats.publisher import Resolved
     from sidecar.config import JetStream as Settings
     from sidecar.config import Stream
 
 _SECOND = 1_000_000_000
-STREAM_MISSING, CONSUMER_MISSING = 10059, 10014
-STREAM_EXISTS, SUBJECTS_OVERLAP = 10058, 10065
+STREAM_MISSING, STREAM_EXISTS = 10059, 10058
+CONSUMER_MISSING, CONSUMER_EXISTS = 10014, 10148
 """JetStream's error codes, as in nats-server's errors.json."""
 
 
@@ -62,17 +64,12 @@ class JetStreamBroker(Broker):
             name,
             self._connection,
             structured=settings.content_mode == "structured",
-            make_stream=self._make_stream if settings.auto_create_streams else None,
+            resolve=self._resolve,
         )
-        self._replies: dict[int, Callable[[dict[str, Any]], None]] = {}
-        self._reply_inbox = ""
 
     async def connect(self) -> None:
-        await self._connection.connect()
         await self._publisher.open()
-        if not self._reply_inbox:
-            self._reply_inbox = self._connection.new_inbox()
-            await self._connection.subscribe(self._reply_inbox + ".*", self._on_reply)
+        await self._connection.connect()
         for stream in self._settings.streams:
             await self._declare(stream)
 
@@ -89,7 +86,9 @@ class JetStreamBroker(Broker):
         return self._publisher.publish(topic, events, broker_ids)
 
     async def close(self) -> None:
-        self._publisher.fail_all(BrokerUnavailable(f"broker {self.name!r} was closed"))
+        self._publisher.fail_all(
+            OutcomeUnknown(f"broker {self.name!r} was closed before it answered", broker=self.name)
+        )
         await self._connection.close()
 
     # -- streams
@@ -119,112 +118,130 @@ class JetStreamBroker(Broker):
                 stream=declared.name,
             )
 
-    def _make_stream(self, topic: str, done: Callable[[SidecarError | None], None]) -> None:
+    def _resolve(self, topic: str, done: Resolved) -> None:
         """
-        Make the stream of a topic's first token, without a task: the publisher waits for it.
+        See to it that *topic* has a stream, without a task: the publisher waits for it.
 
         First tokens never overlap, so two sidecars that do this at once make the same stream.
         """
+        self._look(topic, done, None)
+
+    def _look(self, topic: str, done: Resolved, refusal: SidecarError | None) -> None:
+        """*refusal*: why it could not be made; another one may have made it in its own way."""
+
+        def found(answer: dict[str, Any] | SidecarError) -> None:
+            if isinstance(answer, SidecarError):
+                done(answer)
+            elif "error" in answer:
+                done(BrokerUnavailable(f"JetStream does not say: {_text(answer)}"))
+            elif answer.get("streams"):
+                done(None)
+            elif self._settings.auto_create_streams and refusal is None:
+                self._make(topic, done)
+            else:
+                done(refusal or self._topic_missing(topic))
+
+        self._ask("STREAM.NAMES", {"subject": topic}, found)
+
+    def _make(self, topic: str, done: Resolved) -> None:
         stream = auto_stream(topic)
 
-        def answered(answer: dict[str, Any]) -> None:
-            if "error" in answer and _error_code(answer) not in {STREAM_EXISTS, SUBJECTS_OVERLAP}:
-                done(self._refused(f"stream {stream['name']!r} cannot be created", answer))
-            else:
+        def made(answer: dict[str, Any] | SidecarError) -> None:
+            if isinstance(answer, SidecarError):
+                done(answer)
+            elif "error" not in answer:
                 done(None)
+            else:
+                what = f"stream {stream['name']!r} cannot be created"
+                self._look(topic, done, self._refused(what, answer))
 
-        number = len(self._replies)
-        while number in self._replies:
-            number += 1
-        self._replies[number] = answered
-        body = json.dumps(stream).encode()
-        sent = self._connection.write(
-            b"PUB $JS.API.STREAM.CREATE.%b %b.%d %d\r\n%b\r\n"
-            % (stream["name"].encode(), self._reply_inbox.encode(), number, len(body), body)
+        self._ask(f"STREAM.CREATE.{stream['name']}", stream, made)
+
+    def _topic_missing(self, topic: str) -> TopicMissing:
+        return TopicMissing(
+            f"no stream of broker {self.name!r} has the topic {topic!r}: declare one in "
+            f"brokers.{self.name}.streams, or set auto_create_streams = true",
+            topic=topic,
+            broker=self.name,
         )
-        if not sent:
-            del self._replies[number]
-            done(BrokerUnavailable("not connected"))
-
-    def _on_reply(self, subject: bytes, _reply: bytes, _headers: bytes | None, data: bytes) -> None:
-        handler = self._replies.pop(int(subject.rpartition(b".")[2]), None)
-        if handler is not None:
-            handler(json.loads(data) if data else {"error": {"description": "no JetStream"}})
 
     async def _streams_of(self, topic: str) -> list[str]:
         """The streams that hold a topic or pattern, made if there is none and we may."""
         streams = await self._matching_streams(topic)
-        if not streams and self._settings.auto_create_streams:
-            first = topic.partition(".")[0]
-            if first in {"*", ">"}:
-                raise TopicMissing(
-                    f"no stream of broker {self.name!r} matches {topic!r} yet: publish something, or "
-                    "begin the topic with a name",
-                    topic=topic,
-                    broker=self.name,
-                )
-            stream = auto_stream(topic)
-            made = await self._call(f"STREAM.CREATE.{stream['name']}", stream)
-            if "error" in made and _error_code(made) not in {STREAM_EXISTS, SUBJECTS_OVERLAP}:
-                raise self._refused(f"stream {stream['name']!r} cannot be created", made)
-            streams = await self._matching_streams(topic)
+        if streams:
+            return streams
+        if not self._settings.auto_create_streams:
+            raise self._topic_missing(topic)
+        if _spans_streams(topic):  # those that are made later are noticed: see StreamSource
+            return []
+        stream = auto_stream(topic)
+        made = await self._call(f"STREAM.CREATE.{stream['name']}", stream)
+        streams = await self._matching_streams(topic)
         if not streams:
-            raise TopicMissing(
-                f"no stream of broker {self.name!r} has the topic {topic!r}: declare one in "
-                f"brokers.{self.name}.streams, or set auto_create_streams = true",
-                topic=topic,
-                broker=self.name,
-            )
+            raise self._refused(f"stream {stream['name']!r} cannot be created", made)
         return streams
 
     async def _matching_streams(self, topic: str) -> list[str]:
         answer = await self._call("STREAM.NAMES", {"subject": topic})
+        if "error" in answer:
+            raise self._refused("JetStream's streams cannot be looked up", answer)
         return sorted(answer.get("streams") or [])
 
     # -- subscriptions
 
     async def subscribe(self, interest: Interest) -> Source:
-        feeds = []
-        for stream in await self._streams_of(interest.topic):
-            await self._ensure_consumer(stream, interest)
-            feeds.append(Feed(stream, interest.name))
+        streams = await self._streams_of(interest.topic)
+        feeds = [await self._feed(stream, interest) for stream in streams]
+        later = Interest(interest.name, interest.topic, interest.max_in_flight)
+
+        async def more(known: Collection[str]) -> list[Feed]:
+            # A stream that was made after the subscription: all that it has is new.
+            streams = await self._matching_streams(interest.topic)
+            return [await self._feed(stream, later) for stream in streams if stream not in known]
+
         source = StreamSource(
-            self._connection, interest, feeds, ack_wait=self._settings.ack_wait_seconds
+            self._connection,
+            interest,
+            feeds,
+            more=more if _spans_streams(interest.topic) else None,
         )
         await source.open()
         return source
 
-    async def _ensure_consumer(self, stream: str, interest: Interest) -> None:
-        found = await self._call(f"CONSUMER.INFO.{stream}.{interest.name}")
-        if _error_code(found) == CONSUMER_MISSING:
-            await self._create_consumer(stream, interest)
-            return
-        if "error" in found:
-            raise self._refused(f"consumer {interest.name!r} cannot be looked up", found)
-        there = found["config"]
-        for key, value, meaning in (
-            ("filter_subject", interest.topic, "topic"),
-            ("ack_policy", "explicit", "ack policy"),
-            ("deliver_subject", None, "push subject"),
+    async def _feed(self, stream: str, interest: Interest) -> Feed:
+        """The consumer of a subscription on one stream, made if it is not there."""
+        name = interest.name
+        info = await self._call(f"CONSUMER.INFO.{stream}.{name}")
+        if _error_code(info) == CONSUMER_MISSING:
+            info = await self._create_consumer(stream, interest)
+            if _error_code(info) == CONSUMER_EXISTS:  # another sidecar was quicker
+                info = await self._call(f"CONSUMER.INFO.{stream}.{name}")
+        if "error" in info:
+            raise self._refused(f"consumer {name!r} of stream {stream!r} cannot be used", info)
+        there = info["config"]
+        for what, is_, wanted in (
+            ("topic", there.get("filter_subject", there.get("filter_subjects")), interest.topic),
+            ("ack policy", there.get("ack_policy"), "explicit"),
+            ("push subject", there.get("deliver_subject"), None),
         ):
-            # A stream with one subject needs no filter: the server leaves it out.
-            if there.get(key) not in {value, None}:
+            if is_ != wanted:
                 raise BrokerRefused(
-                    f"consumer {interest.name!r} of stream {stream!r} has the {meaning} "
-                    f"{there.get(key)!r}, the subscription {value!r}: name it differently, or "
-                    "delete the consumer",
+                    f"consumer {name!r} of stream {stream!r} has the {what} {is_!r}, the "
+                    f"subscription {wanted!r}: name it differently, or delete the consumer",
                     broker=self.name,
-                    subscription=interest.name,
+                    subscription=name,
                 )
+        return Feed(stream, name, info["created"], there["ack_wait"] / _SECOND)
 
-    async def _create_consumer(self, stream: str, interest: Interest) -> None:
-        config = self._consumer_config(interest)
-        made = await self._call(
+    async def _create_consumer(self, stream: str, interest: Interest) -> dict[str, Any]:
+        return await self._call(
             f"CONSUMER.DURABLE.CREATE.{stream}.{interest.name}",
-            {"stream_name": stream, "config": config, "action": "create"},
+            {
+                "stream_name": stream,
+                "config": self._consumer_config(interest),
+                "action": "create",
+            },
         )
-        if "error" in made and "already" not in made["error"].get("description", ""):
-            raise self._refused(f"consumer {interest.name!r} cannot be created", made)
 
     def _consumer_config(self, interest: Interest) -> dict[str, Any]:
         start = interest.start
@@ -275,17 +292,17 @@ class JetStreamBroker(Broker):
         """
         Delete the consumer and make it anew at its new place.
 
-        Another sidecar that subscribes in between makes it at its old start, so look, and repeat.
+        Another sidecar that subscribes in between makes it at its old start: then once more.
         """
-        wanted = self._consumer_config(interest)
         for _ in range(5):
             gone = await self._call(f"CONSUMER.DELETE.{stream}.{interest.name}")
             if "error" in gone and _error_code(gone) != CONSUMER_MISSING:
                 raise self._refused(f"consumer {interest.name!r} cannot be moved", gone)
-            await self._create_consumer(stream, interest)
-            made = await self._call(f"CONSUMER.INFO.{stream}.{interest.name}")
-            if made.get("config", {}).get("deliver_policy") == wanted["deliver_policy"]:
+            made = await self._create_consumer(stream, interest)
+            if "error" not in made:
                 return
+            if _error_code(made) != CONSUMER_EXISTS:
+                raise self._refused(f"consumer {interest.name!r} cannot be moved", made)
         raise BrokerUnavailable(
             f"subscription {interest.name!r} could not be moved: others keep making it anew"
         )
@@ -293,10 +310,16 @@ class JetStreamBroker(Broker):
     async def _call(self, path: str, payload: object = None) -> dict[str, Any]:
         return await self._connection.call(f"$JS.API.{path}", payload)
 
+    def _ask(self, path: str, payload: object, then: OnAnswer) -> None:
+        self._connection.ask(f"$JS.API.{path}", payload, then, seconds=ANSWER_SECONDS)
+
     def _refused(self, what: str, answer: dict[str, Any]) -> BrokerRefused:
-        error = answer.get("error", {})
-        text = f"{error.get('description', 'no reason given')} ({error.get('err_code', 0)})"
-        return BrokerRefused(f"broker {self.name!r}: {what}: {text}", broker=self.name)
+        return BrokerRefused(f"broker {self.name!r}: {what}: {_text(answer)}", broker=self.name)
+
+
+def _spans_streams(topic: str) -> bool:
+    """Which streams a pattern touches can change: its first token is a wildcard."""
+    return topic[0] in "*>"
 
 
 def auto_stream(topic: str) -> dict[str, Any]:
@@ -331,3 +354,8 @@ def stream_config(declared: Stream) -> dict[str, Any]:
 def _error_code(answer: dict[str, Any]) -> int:
     code: int = answer.get("error", {}).get("err_code", 0)
     return code
+
+
+def _text(answer: dict[str, Any]) -> str:
+    error = answer.get("error", {})
+    return f"{error.get('description', 'no reason given')} ({error.get('err_code', 0)})"

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from sidecar.errors import BrokerRefused, EventTooLarge, SidecarError, TopicMissing
+from sidecar.brokers.nats.connection import NO_RESPONDERS
+from sidecar.errors import BrokerRefused, EventTooLarge, SidecarError
 from sidecar.event import Durability, Event, Outcome, Position, Receipt
 from sidecar.wire import nats as binding
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from sidecar.brokers.nats.connection import Connection
 
-NO_RESPONDERS = b"NATS/1.0 503"
-PATIENCE_SECONDS = 2.0
-"""How long a topic without a stream is tried again: a new leader is found in less."""
 PAUSE_SECONDS = 0.1
+"""Between two tries of a topic whose stream has no leader right now."""
+ANSWER_SECONDS = 2.0
+"""What is asked and not answered in this time is asked again."""
+
+Resolved = Callable[[SidecarError | None], None]
+Resolve = Callable[[str, Resolved], None]
+"""
+See to it that a topic has a stream: looks it up, makes it if that is allowed, and says so. The error
+is retryable when it could not be found out.
+"""
 
 
 class ApiError(msgspec.Struct, frozen=True):
@@ -60,16 +69,30 @@ class _Batch:
 
 
 class _Hold:
-    """A topic that waits for its stream; what is published to it meanwhile waits behind."""
+    """
+    A topic that waits for its stream; what is published to it meanwhile waits behind.
 
-    __slots__ = ("asking", "until", "written")
+    looking (for the stream) → asking (what waited is written again) → let go by the first receipt,
+    or looking again.
+    """
 
-    def __init__(self, until: float) -> None:
-        self.until = until
+    __slots__ = ("asking", "timer", "written")
+
+    def __init__(self) -> None:
         self.asking = False
         """What waited was written again, and no answer is in yet."""
         self.written = 0
         """Events below this number are on the wire."""
+        self.timer: asyncio.TimerHandle | None = None
+
+    def later(self, seconds: float, step: Callable[[], None]) -> None:
+        """One step is due at a time."""
+        self.stop()
+        self.timer = asyncio.get_running_loop().call_later(seconds, step)
+
+    def stop(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
 
 
 class StreamPublisher:
@@ -86,15 +109,15 @@ class StreamPublisher:
         connection: Connection,
         *,
         structured: bool,
-        make_stream: Callable[[str, Callable[[SidecarError | None], None]], None] | None,
+        resolve: Resolve,
     ) -> None:
-        """*make_stream* makes the stream of a topic and says how it went; None: never make one."""
         self._broker = broker
         self._connection = connection
         self._structured = structured
-        self._make_stream = make_stream
-        self._inbox = ""
-        self._prefix = 0
+        self._resolve = resolve
+        self._inbox = connection.new_inbox()
+        self._prefix = len(self._inbox) + 1
+        self._opened = False
         self._next = 0
         self._unacked: dict[int, tuple[_Batch, int, bytes]] = {}
         self._held: dict[str, _Hold] = {}
@@ -105,10 +128,13 @@ class StreamPublisher:
         return len(self._unacked)
 
     async def open(self) -> None:
-        """Subscribe to the acknowledgements, once for the life of the connection."""
-        if not self._inbox:
-            self._inbox = self._connection.new_inbox()
-            self._prefix = len(self._inbox) + 1
+        """
+        Subscribe to the acknowledgements, once for the life of the connection.
+
+        To be done before it connects: what waits is written as soon as it is live.
+        """
+        if not self._opened:
+            self._opened = True
             await self._connection.subscribe(self._inbox + ".*", self._on_ack)
 
     def publish(
@@ -145,6 +171,8 @@ class StreamPublisher:
         self._next = number
         if number > first:
             future.add_done_callback(lambda done: self._forget(done, first, number))
+        elif not events:
+            future.set_result(())
         if topic not in self._held:
             self._connection.write(b"".join(frames))
         return future
@@ -195,79 +223,86 @@ class StreamPublisher:
             stream=ack.stream,
         )
 
-    # -- a topic without a stream: a leader change, or none yet
+    # -- a topic that nobody stores: no leader right now, or no stream
 
     def _stream_missing(self, topic: str) -> None:
-        loop = asyncio.get_running_loop()
         hold = self._held.get(topic)
         if hold is None:
-            hold = self._held[topic] = _Hold(loop.time() + PATIENCE_SECONDS)
-            if self._make_stream is not None:
-                self._make_stream(topic, lambda error: self._stream_made(topic, error))
-                return
-        elif not hold.asking:  # its neighbour said so already
+            hold = self._held[topic] = _Hold()
+            self._look(topic, hold)
+        elif hold.asking:  # else its neighbour said so already
+            hold.asking = False
+            hold.later(PAUSE_SECONDS, lambda: self._look(topic, hold))
+
+    def _look(self, topic: str, hold: _Hold) -> None:
+        if not self._waiting(topic):
+            self._release(topic)
             return
         hold.asking = False
-        loop.call_later(PAUSE_SECONDS, self._ask_again, topic, hold)
+        self._resolve(topic, lambda error: self._resolved(topic, hold, error))
 
-    def _stream_made(self, topic: str, error: SidecarError | None) -> None:
-        hold = self._held.get(topic)
-        if hold is None:
+    def _resolved(self, topic: str, hold: _Hold, error: SidecarError | None) -> None:
+        if self._held.get(topic) is not hold:
             return
         if error is None:
-            self._ask_again(topic, hold)
+            hold.asking = True
+            hold.written = self._next
+            # Non-obvious: its answer may never come, as when the asked event is given up meanwhile.
+            hold.later(ANSWER_SECONDS, lambda: self._look(topic, hold))
+            self._connection.write(b"".join(self._waiting(topic)))
         elif error.retryable:
-            asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._ask_again, topic, hold)
+            hold.later(PAUSE_SECONDS, lambda: self._look(topic, hold))
         else:
             self._give_up(topic, error)
 
-    def _ask_again(self, topic: str, hold: _Hold) -> None:
-        if self._held.get(topic) is not hold:
-            return
-        if asyncio.get_running_loop().time() > hold.until:
-            self._give_up(
-                topic,
-                TopicMissing(
-                    f"no stream of broker {self._broker!r} has the topic {topic!r}: declare one in "
-                    f"brokers.{self._broker}.streams, or set auto_create_streams = true",
-                    topic=topic,
-                    broker=self._broker,
-                ),
-            )
-            return
-        waiting = [frame for batch, _, frame in self._unacked.values() if batch.topic == topic]
-        hold.asking = True
-        hold.written = self._next
-        if not waiting:
-            del self._held[topic]
-        self._connection.write(b"".join(waiting))
-
     def _stream_there(self, topic: str) -> None:
         """An event of the topic was stored: let go what waits behind it, in order."""
+        hold = self._held.get(topic)
+        if hold is not None:
+            self._release(topic)
+            first = hold.written if hold.asking else 0
+            self._connection.write(b"".join(self._waiting(topic, first)))
+
+    def _waiting(self, topic: str, first: int = 0) -> list[bytes]:
+        """The unanswered events of a topic, from a number on, as frames in order."""
+        return [
+            frame
+            for number, (batch, _, frame) in self._unacked.items()
+            if number >= first and batch.topic == topic
+        ]
+
+    def _release(self, topic: str) -> None:
         hold = self._held.pop(topic, None)
         if hold is not None:
-            first = hold.written if hold.asking else 0
-            waiting = [
-                frame
-                for number, (batch, _, frame) in self._unacked.items()
-                if number >= first and batch.topic == topic
-            ]
-            self._connection.write(b"".join(waiting))
+            hold.stop()
 
     def _give_up(self, topic: str, error: SidecarError) -> None:
-        self._held.pop(topic, None)
+        self._release(topic)
         for number, (batch, index, _frame) in list(self._unacked.items()):
             if batch.topic == topic:
                 del self._unacked[number]
                 batch.put(index, error)
 
     def _send_again(self) -> None:
-        self._held.clear()
+        """Connected anew: all that is unanswered, in its first order."""
+        for topic in list(self._held):
+            self._release(topic)
+        limit = self._connection.max_payload
+        for number, (batch, index, frame) in list(self._unacked.items()):
+            # The server may take less than the last one, or than we thought before the first.
+            if (
+                len(frame) > limit
+                and (size := int(frame[: frame.index(b"\r")].split()[-1])) > limit
+            ):
+                del self._unacked[number]
+                batch.put(index, too_large(size, limit, self._broker))
         if self._unacked:
             self._connection.write(b"".join(frame for _, _, frame in self._unacked.values()))
 
     def fail_all(self, error: SidecarError) -> None:
         """The connection ends for good."""
+        for topic in list(self._held):
+            self._release(topic)
         unacked, self._unacked = self._unacked, {}
         for batch, index, _frame in unacked.values():
             batch.put(index, error)

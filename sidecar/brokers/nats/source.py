@@ -6,37 +6,57 @@ import asyncio
 import json
 import logging
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sidecar.broker import Incoming, Interest, Source
-from sidecar.errors import BrokerUnavailable, InvalidEvent, SidecarError, SourceLost
+from sidecar.errors import (
+    BrokerRefused,
+    BrokerUnavailable,
+    InvalidEvent,
+    SidecarError,
+    SourceLost,
+)
 from sidecar.event import Position
 from sidecar.wire import nats as binding
 from sidecar.wire.cloudevents import Defaults
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable
 
-    from sidecar.brokers.nats.connection import Connection
+    from sidecar.brokers.nats.connection import Connection, OnMessage
 
 log = logging.getLogger(__name__)
 
 PULL_SECONDS = 30
 HEARTBEAT_SECONDS = 5
 """The server says that a pull is alive this often; two missed ones and we ask again."""
+LOOK_PAUSE_SECONDS = 0.5
+
+_CLOSE_SECONDS = 0.9
+_NO_WAIT_SECONDS = 30
+_NOT_FOUND = 404
+_ADVISORY = "$JS.EVENT.ADVISORY"
 
 _V1_TOKENS = 9
 """Tokens of `$JS.ACK.<stream>.<consumer>.…`; since v2 a domain and an account hash come first."""
 
 
+More = Callable[[Collection[str]], Awaitable[Sequence["Feed"]]]
+"""Feeds of the streams that a subscription touches, other than the named ones."""
+
+
 class Feed:
     """One consumer of one stream: what was asked of it, and what it still owes."""
 
-    __slots__ = ("consumer", "owed", "stream", "subject")
+    __slots__ = ("ack_wait", "consumer", "created", "owed", "stream", "subject")
 
-    def __init__(self, stream: str, consumer: str) -> None:
+    def __init__(self, stream: str, consumer: str, created: str, ack_wait: float) -> None:
+        """*created* tells this consumer from a later one of its name; *ack_wait* is in seconds."""
         self.stream = stream
         self.consumer = consumer
+        self.created = created
+        self.ack_wait = ack_wait
         self.subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self.owed = 0
 
@@ -50,12 +70,18 @@ class StreamSource(Source):
     """
 
     def __init__(
-        self, connection: Connection, interest: Interest, feeds: Sequence[Feed], *, ack_wait: float
+        self,
+        connection: Connection,
+        interest: Interest,
+        feeds: Sequence[Feed],
+        *,
+        more: More | None,
     ) -> None:
+        """*more*: asked when a stream was made, for a topic that may touch it."""
         self._connection = connection
         self._interest = interest
-        self._feeds = feeds
-        self._hold_seconds = ack_wait / 3
+        self._feeds = list(feeds)
+        self._more = more
         self._buffer: deque[tuple[bytes, bytes, bytes | None, bytes]] = deque()
         self._by_stream = {feed.stream.encode(): feed for feed in feeds}
         self._arrived = asyncio.Event()
@@ -63,50 +89,82 @@ class StreamSource(Source):
         self._unsent: list[bytes] = []
         self._last_heard = 0.0
         self._generation = 0
+        self._doubtful = True
+        """Whether our consumers are still there, and all of them, is to be looked up."""
         self._inbox = connection.new_inbox()
-        self._key = ""
+        self._keys: list[str] = []
 
     async def open(self) -> None:
-        self._key = await self._connection.subscribe(self._inbox + ".*", self._on_frame)
-        self._connection.on_live.append(self._on_live)
-        self._connection.on_lost.append(self._on_lost)
+        """Raises BrokerUnavailable."""
+        connection, name = self._connection, self._interest.name
+        connection.on_live.append(self._on_live)
+        connection.on_lost.append(self._forget_pulls)
+        connection.on_closed.append(self._on_closed)
+        subjects: dict[str, OnMessage] = {
+            f"{self._inbox}.*": self._on_frame,
+            # Non-obvious: a pull says that its consumer was deleted, but only while one is open, and
+            # handles of the old consumer mean other events to a new one of its name.
+            f"{_ADVISORY}.CONSUMER.DELETED.*.{name}": self._on_consumer_deleted,
+        }
+        if self._more is not None:
+            subjects[f"{_ADVISORY}.STREAM.CREATED.*"] = self._on_stream_created
+        try:
+            for subject, handler in subjects.items():
+                self._keys.append(await connection.subscribe(subject, handler))
+        except BaseException:
+            await self.close()
+            raise
 
     @property
     def hold_seconds(self) -> float | None:
-        return self._hold_seconds
+        return min((feed.ack_wait for feed in self._feeds), default=_NO_WAIT_SECONDS) / 3
 
     # -- receiving
 
     async def fetch(self, limit: int) -> Sequence[Incoming]:
         loop = asyncio.get_running_loop()
         self._last_heard = max(self._last_heard, loop.time())
-        while not self._buffer:
+        while True:
             if self._lost is not None:
                 raise self._lost
+            if self._buffer:
+                break
+            if self._doubtful and self._connection.live:
+                await self._look()
+                continue
             self._ask(limit)
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(2 * HEARTBEAT_SECONDS):
-                    await self._arrived.wait()
-            except TimeoutError:
-                await self._check_silence(loop.time())
+            if not await self._arrival(2 * HEARTBEAT_SECONDS):
+                self._check_silence(loop.time())
         count = min(limit, len(self._buffer))
         taken = [self._buffer.popleft() for _ in range(count)]
-        self._ask(limit - count)
+        if count < limit:
+            self._ask(limit - count)
         return [self._incoming(*frame) for frame in taken]
 
+    async def _arrival(self, seconds: float) -> bool:
+        """Wait for anything that happens, for so long at most."""
+        self._arrived.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._arrived.wait()
+        except TimeoutError:
+            return False
+        return True
+
     def _ask(self, room: int) -> None:
-        """Ask for what there is room for, in few requests: a quarter of the window at a time."""
-        if not self._connection.live:
+        """
+        Ask for what there is room for, in few requests: a quarter of the window at a time.
+
+        Every stream is owed one at least, so that none starves behind a busy neighbour: of n
+        streams, n - 1 events may come above the room.
+        """
+        if not self._connection.live or not self._feeds:
             return
-        room -= len(self._buffer) + sum(feed.owed for feed in self._feeds)
-        if room <= 0:
-            return
+        room = max(0, room - len(self._buffer) - sum(feed.owed for feed in self._feeds))
         quarter = max(1, self._interest.max_in_flight // 4)
         share, rest = divmod(room, len(self._feeds))
         frames = []
         for index, feed in enumerate(self._feeds):
-            # Every feed is owed at least one: a stream must not starve behind a busy neighbour.
             batch = max(share + (index < rest), 1 if not feed.owed else 0)
             if batch <= 0 or (feed.owed and batch < quarter):
                 continue
@@ -145,38 +203,83 @@ class StreamSource(Source):
         if int(generation) != self._generation:  # of a pull that we gave up
             return
         feed = self._feeds[int(index)]
-        feed.owed = max(0, feed.owed - _pending_messages(headers))
-        if status == b"409" and b"Consumer Deleted" in headers:
-            self._lost = SourceLost(
-                f"the consumer of subscription {self._interest.name!r} was deleted or moved",
-                subscription=self._interest.name,
-            )
-        elif status == b"503":
-            self._lost = SourceLost(
-                f"the consumer of subscription {self._interest.name!r} is not there",
-                subscription=self._interest.name,
+        left = _pending_messages(headers)
+        if left is not None:
+            feed.owed = max(0, feed.owed - left)
+            self._arrived.set()
+        elif status == b"503":  # it has no leader right now, or is gone
+            asyncio.get_running_loop().call_later(LOOK_PAUSE_SECONDS, self._doubt)
+        else:
+            feed.owed = 0
+            self._pulls_ended(headers[13 : headers.find(b"\r")].decode(errors="replace"))
+
+    def _doubt(self) -> None:
+        self._forget_pulls()
+        self._doubtful = True
+        self._arrived.set()
+
+    def _pulls_ended(self, why: str) -> None:
+        name = self._interest.name
+        if why == "Consumer Deleted":
+            self._lose(f"the consumer of subscription {name!r} was deleted or moved")
+        elif why != "Leadership Change":  # its settings do not allow our pulls: say so, do not spin
+            self._lost = BrokerRefused(
+                f"the consumer of subscription {name!r} refuses to be read: {why}",
+                subscription=name,
             )
         self._arrived.set()
 
-    async def _check_silence(self, now: float) -> None:
+    def _on_consumer_deleted(
+        self, subject: bytes, _reply: bytes, _headers: bytes | None, _data: bytes
+    ) -> None:
+        if subject.split(b".")[-2] in self._by_stream:
+            self._lose(f"the consumer of subscription {self._interest.name!r} was deleted or moved")
+
+    def _on_stream_created(
+        self, _subject: bytes, _reply: bytes, _headers: bytes | None, _data: bytes
+    ) -> None:
+        self._doubtful = True
+        self._arrived.set()
+
+    def _lose(self, why: str) -> None:
+        self._lost = SourceLost(why, subscription=self._interest.name)
+        self._arrived.set()
+
+    def _check_silence(self, now: float) -> None:
         """No event and no heartbeat though we asked: the server forgot us, so ask anew."""
-        if not self._connection.live or now - self._last_heard < 2 * HEARTBEAT_SECONDS:
+        if not self._connection.live or not self._feeds:
             return
-        for feed in self._feeds:
-            try:
-                answer = await self._connection.call(
-                    f"$JS.API.CONSUMER.INFO.{feed.stream}.{feed.consumer}", None
-                )
-            except BrokerUnavailable:
-                return
-            if "error" in answer:
-                raise SourceLost(
-                    f"the consumer of subscription {self._interest.name!r} is gone: "
-                    f"{answer['error'].get('description', '')}",
-                    subscription=self._interest.name,
-                )
-        log.warning("subscription %s: no sign of its pulls, asking again", self._interest.name)
-        self._forget_pulls()
+        if now - self._last_heard >= 2 * HEARTBEAT_SECONDS:
+            log.warning("subscription %s: no sign of its pulls, asking again", self._interest.name)
+            self._doubt()
+
+    async def _look(self) -> None:
+        """Are our consumers still those that we know, and are there more? Else lost."""
+        self._doubtful = False
+        try:
+            for feed in self._feeds:
+                info = await self._info(feed)
+                missing = info.get("error", {}).get("code") == _NOT_FOUND
+                if missing or info.get("created", feed.created) != feed.created:
+                    self._lose(
+                        f"the consumer of subscription {self._interest.name!r} was deleted or moved"
+                    )
+                    return
+            if self._more is not None:
+                for feed in await self._more({feed.stream for feed in self._feeds}):
+                    self._feeds.append(feed)
+                    self._by_stream[feed.stream.encode()] = feed
+        except BrokerUnavailable:
+            self._doubtful = True
+            if self._lost is None:
+                await self._arrival(LOOK_PAUSE_SECONDS)
+        except BaseException:
+            self._doubtful = True
+            raise
+
+    async def _info(self, feed: Feed) -> dict[str, Any]:
+        subject = f"$JS.API.CONSUMER.INFO.{feed.stream}.{feed.consumer}"
+        return await self._connection.call(subject, seconds=2)
 
     def _forget_pulls(self) -> None:
         self._generation += 1
@@ -184,14 +287,13 @@ class StreamSource(Source):
             feed.owed = 0
 
     def _on_live(self) -> None:
-        self._forget_pulls()
         if self._unsent:
             unsent, self._unsent = self._unsent, []
             self._connection.write(b"".join(unsent))
-        self._arrived.set()
+        self._doubt()
 
-    def _on_lost(self) -> None:
-        self._forget_pulls()
+    def _on_closed(self) -> None:
+        self._lose("the broker was closed")
 
     def _incoming(
         self, subject: bytes, reply: bytes, headers: bytes | None, data: bytes
@@ -200,7 +302,7 @@ class StreamSource(Source):
         first = 2 if len(tokens) == _V1_TOKENS else 4
         stream = tokens[first].decode()
         sequence = int(tokens[first + 3])
-        topic = subject.decode()
+        topic = subject.decode(errors="replace")
         event, problem = None, ""
         defaults = Defaults(
             source=f"/{stream}",
@@ -233,41 +335,50 @@ class StreamSource(Source):
 
     def hold(self, handles: Sequence[Hashable]) -> None:
         if self._connection.live:
-            self._answer(handles, b"+WPI")
+            # What nobody fetched yet would be handed to others as well.
+            self._answer([*handles, *(frame[1] for frame in self._buffer)], b"+WPI")
 
     def _answer(self, handles: Sequence[Hashable], verb: bytes) -> None:
         # Handles are the reply subjects that came with the events.
         frames = b"".join([b"PUB %b 4\r\n%b\r\n" % (handle, verb) for handle in handles])  # type: ignore[str-format]
-        if not self._connection.write(frames):
+        if frames and not self._connection.write(frames):
             # Bounded by what the subscription holds: each event is answered once.
             self._unsent.append(frames)
 
     async def lag(self) -> int | None:
-        lag = 0
+        lag = len(self._buffer)
         for feed in self._feeds:
-            info = await self._connection.call(
-                f"$JS.API.CONSUMER.INFO.{feed.stream}.{feed.consumer}", None, timeout=2
-            )
+            info = await self._info(feed)
             if "error" in info:
                 return None
             lag += info["num_pending"]
         return lag
 
     async def close(self) -> None:
-        if self._on_live in self._connection.on_live:
-            self._connection.on_live.remove(self._on_live)
-            self._connection.on_lost.remove(self._on_lost)
+        connection = self._connection
+        if self._on_live in connection.on_live:
+            connection.on_live.remove(self._on_live)
+            connection.on_lost.remove(self._forget_pulls)
+            connection.on_closed.remove(self._on_closed)
+        self._lose("closed")
+        keys, self._keys = self._keys, []
+        if keys:
+            # The first is the inbox. What the server sends until it knows is given back as well.
+            await connection.unsubscribe(keys[0], seconds=_CLOSE_SECONDS)
+            for key in keys[1:]:
+                await connection.unsubscribe(key, seconds=0)
         self.release([frame[1] for frame in self._buffer])
         self._buffer.clear()
-        self._lost = SourceLost("closed")
-        self._arrived.set()
-        await self._connection.unsubscribe(self._key)
-        await self._connection.flushed(2)
+        await connection.flushed(_CLOSE_SECONDS)
 
 
-def _pending_messages(headers: bytes) -> int:
-    """How many events of an ended pull will not come, from its status headers."""
+def _pending_messages(headers: bytes) -> int | None:
+    """
+    How many events of an ended pull will not come, from its status headers.
+
+    None: it does not say. Then the consumer ended all of its pulls, or never took this one.
+    """
     for line in headers.split(b"\r\n"):
         if line.lower().startswith(b"nats-pending-messages:"):
             return int(line.partition(b":")[2])
-    return 0
+    return None

@@ -1,0 +1,95 @@
+"""Each claim on every driver that makes it, on both event loops."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.conformance.harness import (
+    LONG_SECONDS,
+    Harness,
+    JetStreamHarness,
+    MemoryHarness,
+    NatsHarness,
+    fresh,
+)
+from tests.support.nats_server import NatsServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from sidecar.broker import Broker
+
+HARNESSES: dict[str, type[MemoryHarness | NatsHarness]] = {
+    "memory": MemoryHarness,
+    "nats": NatsHarness,
+    "jetstream": JetStreamHarness,
+}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
+        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
+    ]
+)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def shared_server() -> Iterator[NatsServer]:
+    with NatsServer() as server:
+        yield server
+
+
+@pytest.fixture(params=HARNESSES)
+def harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
+    kind = HARNESSES[request.param]
+    for marker in request.node.iter_markers("needs"):
+        for name in marker.args:
+            if name not in kind.features and not getattr(kind.capabilities, name, False):
+                pytest.skip(f"{request.param}: not promised: {name}")
+    if issubclass(kind, NatsHarness):
+        yield kind(request.getfixturevalue("shared_server"))
+    else:
+        yield kind()
+
+
+class World:
+    """Sidecars on one server, closed at the end of the test."""
+
+    def __init__(self, harness: Harness, stack: AsyncExitStack) -> None:
+        self.harness = harness
+        self._stack = stack
+
+    def unconnected(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
+        broker = self.harness.make(ack_wait_seconds=ack_wait_seconds)
+        self._stack.push_async_callback(broker.close)
+        return broker
+
+    async def sidecar(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
+        """A connected broker of one more sidecar."""
+        broker = self.unconnected(ack_wait_seconds=ack_wait_seconds)
+        await broker.connect()
+        return broker
+
+
+@pytest.fixture
+async def world(harness: Harness) -> AsyncIterator[World]:
+    async with AsyncExitStack() as stack:
+        yield World(harness, stack)
+        harness.start()
+
+
+@pytest.fixture
+async def broker(world: World) -> Broker:
+    return await world.sidecar()
+
+
+@pytest.fixture
+def topic() -> str:
+    """A topic of its own, with a first token of its own."""
+    return f"{fresh('topic')}.created"

@@ -1,0 +1,140 @@
+"""What the suite needs to know of each driver: one harness per kind of broker."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import nats
+
+from sidecar.brokers.memory import MemoryBroker
+from sidecar.brokers.nats.core import NatsBroker
+from sidecar.brokers.nats.jetstream import JetStreamBroker
+from sidecar.config import JetStream, Memory, Nats
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sidecar.broker import Broker, Capabilities
+    from tests.support.nats_server import NatsServer
+
+CONNECT_SECONDS = 1.0
+ACK_WAIT_SECONDS = 1.0
+"""The shortest claim on an event that is not held."""
+LONG_SECONDS = 60.0
+"""A claim that does not run out within a test: what comes again came by a release."""
+
+_numbers = itertools.count(1)
+
+
+def fresh(prefix: str) -> str:
+    """A name that no other test of this run uses."""
+    return f"{prefix}-{os.getpid()}-{next(_numbers)}"
+
+
+class Harness(ABC):
+    """
+    One kind of broker. Every instance that *make* gives is on the same server.
+
+    *features* are for the marker `needs`, beside the names of Capabilities: "server" can be
+    stopped and paused, "foreign" takes messages from other clients.
+    """
+
+    capabilities: ClassVar[Capabilities]
+    features: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the server, for a client of one's own."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def make(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
+        """A new instance, not connected: a sidecar of its own."""
+
+    def kill(self) -> None:
+        """The server dies, as by SIGKILL."""
+        raise NotImplementedError
+
+    def start(self) -> None:  # noqa: B027 - most often there is nothing to do
+        """The server is back, where it was, and answers."""
+
+    def pause(self) -> None:
+        """The server answers no more; connections stay open. *start* ends it."""
+        raise NotImplementedError
+
+    async def publish_foreign(
+        self, topic: str, data: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Publish as a client that knows nothing of us."""
+        raise NotImplementedError
+
+
+class MemoryHarness(Harness):
+    """Its server is the process: another sidecar is the same instance."""
+
+    capabilities = MemoryBroker.capabilities
+
+    def __init__(self) -> None:
+        self._broker = MemoryBroker("memory", Memory(type="memory"))
+
+    def make(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
+        return self._broker
+
+
+class NatsHarness(Harness):
+    capabilities = NatsBroker.capabilities
+    features = frozenset({"server", "foreign"})
+
+    def __init__(self, server: NatsServer) -> None:
+        self.server = server
+
+    def make(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
+        settings = Nats(
+            type="nats",
+            servers=[self.server.url],
+            connect_timeout_seconds=CONNECT_SECONDS,
+            reconnect_seconds=0.05,
+        )
+        return NatsBroker("nats", settings, client_name="conformance")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", self.server.port
+
+    def kill(self) -> None:
+        self.server.kill()
+
+    def start(self) -> None:
+        if self.server.alive:
+            self.server.resume()
+        else:
+            self.server.start()
+
+    def pause(self) -> None:
+        self.server.pause()
+
+    async def publish_foreign(
+        self, topic: str, data: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
+        client = await nats.connect(self.server.url)
+        await client.publish(topic, data, headers=dict(headers) if headers else None)
+        await client.flush()
+        await client.close()
+
+
+class JetStreamHarness(NatsHarness):
+    capabilities = JetStreamBroker.capabilities
+
+    def make(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
+        settings = JetStream(
+            type="jetstream",
+            servers=[self.server.url],
+            connect_timeout_seconds=CONNECT_SECONDS,
+            reconnect_seconds=0.05,
+            auto_create_streams=True,
+            ack_wait_seconds=ack_wait_seconds,
+        )
+        return JetStreamBroker("jetstream", settings, client_name="conformance")
