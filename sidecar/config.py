@@ -735,7 +735,9 @@ def _routed(topic: str, routes: list[dict[str, object]]) -> object:
 def _may_match(route: dict[str, object], topic: str) -> bool:
     """A route that asks for an event type says nothing of subscriptions."""
     pattern = route.get("topic", ">")
-    return "event_type" not in route and (not isinstance(pattern, str) or patterns_overlap(pattern, topic))
+    return "event_type" not in route and (
+        not isinstance(pattern, str) or patterns_overlap(pattern, topic)
+    )
 
 
 def _comes_back(topic: str, template: str) -> bool:

@@ -307,7 +307,7 @@ class EmbeddedServer:
 
     async def _forward_line(self, child: Process) -> bool:
         """Hand one line to on_log; False at the end. Cancelled, it has consumed nothing."""
-        assert child.stdout is not None  # noqa: S101 - a pipe was asked for
+        assert child.stdout is not None
         try:
             line = await child.stdout.readline()
         except ValueError:

@@ -120,7 +120,7 @@ async def connected(url: str, token: str | None = None) -> AsyncIterator[Client]
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while not condition():  # noqa: ASYNC110 - of another process: no event exists
+        while not condition():
             await asyncio.sleep(0.005)
 
 
