@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+import psutil
 
-from tests.benchmarks.running import ROOT, Sidecar
 from tests.benchmarks.spec import Sample, Spec
+from tests.support.sidecar_process import ROOT, SidecarProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +59,7 @@ class Starts(msgspec.Struct, frozen=True):
 def run(bench: Bench, target: Target, effort: Effort) -> Result:
     """The rounds of *bench*, on a sidecar of its own."""
     raw, ours = [], []
-    with Sidecar(target.config) as sidecar:
+    with SidecarProcess(target.config) as sidecar:
         _prepare(bench, target, effort)
         for number in range(effort.rounds):
             raw.append(_round(bench, target, effort, number, None))
@@ -70,7 +71,8 @@ def profile(bench: Bench, target: Target, effort: Effort, lines: int) -> None:
     """Print where the sidecar's own functions take their time, as cProfile sees it."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "profile"
-        with Sidecar(target.config, profile=file) as sidecar:
+        profiled = [sys.executable, "-m", "cProfile", "-o", str(file), "-m", "sidecar"]
+        with SidecarProcess(target.config, command=profiled) as sidecar:
             _prepare(bench, target, effort)
             sample = _round(bench, target, effort, 0, sidecar)
         stats = pstats.Stats(str(file))
@@ -85,10 +87,11 @@ def starts(target: Target, effort: Effort, tell: Callable[[str], None]) -> list[
         tell(f"start, {title}")
         seconds, idle = [], []
         for _ in range(effort.starts):
-            with Sidecar(config) as sidecar:
-                seconds.append(sidecar.start_seconds)
+            begin = time.perf_counter()
+            with SidecarProcess(config) as sidecar:
+                seconds.append(time.perf_counter() - begin)
                 time.sleep(IDLE_SECONDS)
-                idle.append(sidecar.rss_bytes)
+                idle.append(psutil.Process(sidecar.pid).memory_info().rss)
         measured.append(Starts(title, seconds, idle))
     return measured
 
@@ -111,7 +114,7 @@ def _prepare(bench: Bench, target: Target, effort: Effort) -> None:
 
 
 def _round(
-    bench: Bench, target: Target, effort: Effort, number: int, sidecar: Sidecar | None
+    bench: Bench, target: Target, effort: Effort, number: int, sidecar: SidecarProcess | None
 ) -> Sample:
     """One round, of the raw client where there is no *sidecar*. Raises if anything failed in it."""
     if bench.load != "consume":
@@ -123,8 +126,8 @@ def _round(
             broker_url=target.url,
             broker_pid=target.pid,
             topic=TOPIC,
-            grpc_socket=sidecar.grpc_socket if sidecar else "",
-            http_socket=sidecar.http_socket if sidecar else "",
+            grpc_socket=str(sidecar.grpc_socket) if sidecar else "",
+            http_socket=str(sidecar.http_socket) if sidecar else "",
             watched_pid=sidecar.pid if sidecar else 0,
             callers=bench.callers,
             batch=bench.batch,
