@@ -409,7 +409,7 @@ class Connection:
             nobody = BrokerUnavailable("JetStream does not answer: is it enabled on the server?")
             self._answer(number, nobody)
         else:
-            self._answer(number, json.loads(data))
+            self._answer(number, json.loads(data) if data else {})
 
     def _answer(self, number: int, answer: dict[str, Any] | SidecarError) -> None:
         question = self._questions.pop(number, None)
