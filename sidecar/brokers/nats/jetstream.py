@@ -70,6 +70,9 @@ class JetStreamBroker(Broker):
     async def connect(self) -> None:
         await self._publisher.open()
         await self._connection.connect()
+        info = await self._call("INFO")
+        if "error" in info:
+            raise self._refused("JetStream cannot be used", info)
         for stream in self._settings.streams:
             await self._declare(stream)
 
@@ -105,6 +108,10 @@ class JetStreamBroker(Broker):
         if "error" in found:
             raise self._refused(f"stream {declared.name!r} cannot be looked up", found)
         there = found["config"]
+        wanted["subjects"], there["subjects"] = (
+            sorted(wanted["subjects"]),
+            sorted(there["subjects"]),
+        )
         differing = [
             f"{key} is {there.get(key)!r}, declared {value!r}"
             for key, value in wanted.items()

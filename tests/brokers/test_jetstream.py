@@ -1,0 +1,523 @@
+"""What is special to JetStream: streams made and declared, consumers, prefetch, topics without a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import nats
+import pytest
+
+from sidecar.broker import Interest, Start
+from sidecar.brokers.nats.jetstream import JetStreamBroker
+from sidecar.config import JetStream
+from sidecar.errors import (
+    BrokerRefused,
+    BrokerUnavailable,
+    EventTooLarge,
+    NotSupported,
+    SourceLost,
+    TopicMissing,
+)
+from sidecar.event import Position
+from tests.conformance.acting import (
+    event,
+    events,
+    handles,
+    ids,
+    interest,
+    numbers,
+    publish,
+    receipt,
+    take,
+)
+from tests.support.nats_server import NatsServer
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from sidecar.broker import Source
+
+
+def settings_for(server: NatsServer, **settings: object) -> JetStream:
+    table = {"type": "jetstream", "servers": [server.url], "reconnect_seconds": 0.05}
+    return JetStream.model_validate(table | settings)
+
+
+@asynccontextmanager
+async def broker_on(server: NatsServer, **settings: object) -> AsyncIterator[JetStreamBroker]:
+    """A connected broker; streams are made by themselves unless *settings* say otherwise."""
+    settings = {"auto_create_streams": True} | settings
+    broker = JetStreamBroker("work", settings_for(server, **settings), client_name="test")
+    try:
+        await broker.connect()
+        yield broker
+    finally:
+        await broker.close()
+
+
+async def ask(server: NatsServer, subject: str, payload: object = None) -> dict[str, Any]:
+    """The server's own answer, past the sidecar."""
+    client = await nats.connect(server.url)
+    body = json.dumps(payload).encode() if payload is not None else b""
+    answer = await client.request(f"$JS.API.{subject}", body, timeout=5)
+    await client.close()
+    decoded: dict[str, Any] = json.loads(answer.data)
+    assert "error" not in decoded, decoded
+    return decoded
+
+
+# -- topics without a stream
+
+
+async def test_a_topic_without_a_stream_is_missing_at_once_and_the_error_says_what_to_do(
+    nats_server: NatsServer,
+) -> None:
+    """Events of other topics, published before and after, are stored meanwhile."""
+    streams = [{"name": "orders", "subjects": ["orders.>"]}]
+    async with broker_on(nats_server, auto_create_streams=False, streams=streams) as broker:
+        under_way = [
+            broker.publish(topic, events(range(first, first + 10)))
+            for first, topic in enumerate(["orders.a", "none.a", "orders.b", "none.a", "none.b"])
+        ]
+        async with asyncio.timeout(2):
+            stored, missing, more, *rest = [await one for one in under_way]
+        with pytest.raises(TopicMissing, match="auto_create_streams"):
+            await broker.subscribe(interest("none.a"))
+
+    assert len([receipt(outcome) for outcome in (*stored, *more)]) == 20
+    for outcome in (*missing, *rest[0], *rest[1]):
+        assert isinstance(outcome, TopicMissing)
+        assert not outcome.retryable
+        assert "brokers.work.streams" in outcome.message
+        assert "auto_create_streams = true" in outcome.message
+
+
+async def test_the_stream_of_a_new_topic_is_made_and_its_first_events_keep_their_order(
+    nats_server: NatsServer,
+) -> None:
+    """500 single publishes before the stream is there, 500 while and after it is made."""
+    async with broker_on(nats_server) as broker:
+        under_way = [broker.publish("orders.created", events([n])) for n in range(500)]
+        for n in range(500, 1000):
+            under_way.append(broker.publish("orders.created", events([n])))
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            receipts = [receipt((await one)[0]) for one in under_way]
+        taken = await take(await broker.subscribe(interest("orders.created")), 1000)
+    names = (await ask(nats_server, "STREAM.NAMES"))["streams"]
+    config = (await ask(nats_server, "STREAM.INFO.orders"))["config"]
+
+    assert [r.position and r.position.sequence for r in receipts] == list(range(1, 1001))
+    assert ids(taken) == numbers(1000)
+    assert names == ["orders"]
+    assert config["subjects"] == ["orders", "orders.>"]
+    assert config["duplicate_window"] == 120 * 10**9
+
+
+async def test_sidecars_that_make_the_same_stream_at_once_all_succeed(
+    nats_server: NatsServer,
+) -> None:
+    async with (
+        broker_on(nats_server) as one,
+        broker_on(nats_server) as two,
+        broker_on(nats_server) as three,
+    ):
+        under_way = [
+            broker.publish("orders.created", [event(f"{n}-{i}") for i in range(20)])
+            for n, broker in enumerate((one, two, three))
+        ]
+        source = await three.subscribe(interest("orders.*"))
+        async with asyncio.timeout(10):
+            receipts = [receipt(outcome) for batch in under_way for outcome in await batch]
+        taken = await take(source, 60)
+
+    assert not any(r.duplicate for r in receipts)
+    assert len(set(ids(taken))) == 60
+
+
+async def test_a_stream_that_cannot_be_made_is_refused_with_the_server_s_reason(
+    nats_server: NatsServer,
+) -> None:
+    streams = [{"name": "some", "subjects": ["orders.eu.>"]}]
+    async with broker_on(nats_server, streams=streams) as broker:
+        async with asyncio.timeout(2):
+            (outcome,) = await broker.publish("orders.us.created", [event()])
+        with pytest.raises(BrokerRefused, match="subjects overlap"):
+            await broker.subscribe(interest("orders.us.created"))
+
+    assert isinstance(outcome, BrokerRefused)
+    assert "subjects overlap" in outcome.message
+
+
+async def test_a_stream_that_is_made_while_its_events_wait_is_found(
+    nats_server: NatsServer,
+) -> None:
+    """Deleted under a broker that publishes, and made again: the topic works as before."""
+    async with broker_on(nats_server) as broker:
+        await publish(broker, "orders.created", [event("1")])
+        await ask(nats_server, "STREAM.DELETE.orders")
+        again = await publish(broker, "orders.created", [event("2"), event("3")])
+
+    assert [r.position and r.position.sequence for r in again] == [1, 2]
+
+
+async def test_cancelled_events_of_a_new_topic_hold_up_nobody(nats_server: NatsServer) -> None:
+    """The one that asked whether the stream is there is given up before the answer."""
+    async with broker_on(nats_server) as broker:
+        first = broker.publish("orders.created", [event("1")])
+        await asyncio.sleep(0)
+        first.cancel()
+        receipts = await publish(broker, "orders.created", [event("2")])
+        later = await publish(broker, "orders.created", [event("3")])
+
+    assert [r.event_id for r in receipts + later] == ["2", "3"]
+
+
+async def test_a_server_without_jetstream_is_unavailable_and_the_error_says_why() -> None:
+    with NatsServer(jetstream=False) as server:
+        broker = JetStreamBroker("work", settings_for(server), client_name="test")
+        with pytest.raises(BrokerUnavailable, match="is it enabled"):
+            await broker.connect()
+        await broker.close()
+
+
+async def test_what_a_stream_refuses_fails_alone(nats_server: NatsServer) -> None:
+    """The stream takes no event of more than 1,000 bytes; the server says so, one by one."""
+    config = {"name": "orders", "subjects": ["orders.>"], "max_msg_size": 1000, "storage": "file"}
+    await ask(nats_server, "STREAM.CREATE.orders", config)
+    async with broker_on(nats_server) as broker:
+        batch = [event("1"), event("2", data=b"x" * 2000), event("3")]
+        async with asyncio.timeout(5):
+            first, refused, last = await broker.publish("orders.created", batch)
+
+    assert isinstance(refused, BrokerRefused)
+    assert "message size exceeds maximum allowed" in refused.message
+    assert [receipt(first).event_id, receipt(last).event_id] == ["1", "3"]
+
+
+async def test_the_limit_is_that_of_the_server_that_comes_back() -> None:
+    """An event that waits and is now too large fails; it does not break every new connection."""
+    with NatsServer(config={"max_payload": 1_000_000}) as server:
+        async with broker_on(server) as broker:
+            await publish(broker, "orders.created", [event("0")])
+            server.kill()
+            await until(lambda: not broker._connection.live)
+            batch = [event("1"), event("large", data=b"x" * 500_000), event("2")]
+            waiting = broker.publish("orders.created", batch)
+            server._config["max_payload"] = 100_000
+            server.start()
+            async with asyncio.timeout(5):
+                first, large, last = await waiting
+
+    assert isinstance(large, EventTooLarge)
+    assert [receipt(first).event_id, receipt(last).event_id] == ["1", "2"]
+
+
+# -- declared streams
+
+DECLARED = {
+    "name": "orders",
+    "subjects": ["orders.>", "returns"],
+    "storage": "memory",
+    "retention": "workqueue",
+    "max_age_seconds": 3600.0,
+    "max_bytes": 1_000_000,
+    "max_events": 1000,
+    "duplicate_window_seconds": 30.0,
+}
+
+
+async def test_a_declared_stream_is_made_as_declared(nats_server: NatsServer) -> None:
+    async with broker_on(nats_server, streams=[DECLARED]):
+        config = (await ask(nats_server, "STREAM.INFO.orders"))["config"]
+
+    assert {
+        key: config[key]
+        for key in ("subjects", "storage", "retention", "max_age", "max_bytes", "max_msgs")
+    } == {
+        "subjects": ["orders.>", "returns"],
+        "storage": "memory",
+        "retention": "workqueue",
+        "max_age": 3600 * 10**9,
+        "max_bytes": 1_000_000,
+        "max_msgs": 1000,
+    }
+    assert config["duplicate_window"] == 30 * 10**9
+    assert config["allow_direct"] is True
+
+
+@pytest.mark.parametrize("declared", [DECLARED, {"name": "plain", "subjects": ["a", "b"]}])
+async def test_a_stream_that_is_as_declared_is_accepted(
+    nats_server: NatsServer, declared: dict[str, Any]
+) -> None:
+    """By a second sidecar, also when it names the subjects in another order."""
+    name = declared["name"]
+    async with broker_on(nats_server, streams=[declared]):
+        before = await ask(nats_server, f"STREAM.INFO.{name}")
+    turned = declared | {"subjects": declared["subjects"][::-1]}
+    async with broker_on(nats_server, streams=[turned]):
+        after = await ask(nats_server, f"STREAM.INFO.{name}")
+
+    assert after["config"] == before["config"]
+
+
+async def test_a_stream_that_differs_is_refused_and_never_changed(
+    nats_server: NatsServer,
+) -> None:
+    """Each difference is named; other streams of the broker serve all the same."""
+    async with broker_on(nats_server, streams=[DECLARED]):
+        before = await ask(nats_server, "STREAM.INFO.orders")
+    differing = DECLARED | {"max_events": 7, "storage": "file"}
+    streams = [{"name": "other", "subjects": ["other"]}, differing]
+    broker = JetStreamBroker("work", settings_for(nats_server, streams=streams), client_name="t")
+    with pytest.raises(BrokerRefused) as refused:
+        await broker.connect()
+    with pytest.raises(BrokerRefused):
+        await broker.connect()
+    receipts = await publish(broker, "other", [event("1")])
+    await broker.close()
+    after = await ask(nats_server, "STREAM.INFO.orders")
+
+    assert "max_msgs is 1000, declared 7" in refused.value.message
+    assert "storage is 'memory', declared 'file'" in refused.value.message
+    assert "max_bytes" not in refused.value.message
+    assert after["config"] == before["config"]
+    assert len(receipts) == 1
+
+
+# -- consumers
+
+
+async def test_what_the_sidecar_holds_never_exceeds_its_room(nats_server: NatsServer) -> None:
+    """The server counts: never more than max_in_flight events are out and not acked."""
+    async with broker_on(nats_server) as broker:
+        await publish(broker, "orders.created", events(range(300)))
+        wanted = interest("orders.created", max_in_flight=10)
+        source = await broker.subscribe(wanted)
+        most, held, done = 0, 0, 0
+        out: list[Any] = []
+        while done < 300:
+            async with asyncio.timeout(5):
+                batch = await source.fetch(10 - held)
+            out += handles(batch)
+            held = len(out)
+            info = await ask(nats_server, f"CONSUMER.INFO.orders.{wanted.name}")
+            most = max(most, info["num_ack_pending"])
+            if held == 10 or done + held == 300:
+                source.ack(out[:7])
+                done += len(out[:7])
+                out = out[7:]
+                held = len(out)
+
+    assert most == 10
+
+
+async def test_a_consumer_counts_no_deliveries_and_no_pending(nats_server: NatsServer) -> None:
+    """A limit on the server would leave events behind, skipped and silent."""
+    async with broker_on(nats_server, ack_wait_seconds=7) as broker:
+        wanted = interest("orders.created")
+        source = await broker.subscribe(wanted)
+        hold = source.hold_seconds
+        info = await ask(nats_server, f"CONSUMER.INFO.orders.{wanted.name}")
+    config = info["config"]
+
+    assert (config["max_deliver"], config["max_ack_pending"]) == (-1, -1)
+    assert (config["ack_policy"], config["ack_wait"]) == ("explicit", 7 * 10**9)
+    assert (config["filter_subject"], config["deliver_policy"]) == ("orders.created", "all")
+    assert hold == pytest.approx(7 / 3)
+
+
+async def test_the_claim_is_held_by_what_the_consumer_says(nats_server: NatsServer) -> None:
+    """Made by a sidecar with a shorter ack wait than ours: ours would be too late."""
+    wanted = interest("orders.created")
+    async with broker_on(nats_server, ack_wait_seconds=3) as broker:
+        await broker.subscribe(wanted)
+    async with broker_on(nats_server, ack_wait_seconds=60) as broker:
+        source = await broker.subscribe(wanted)
+
+        assert source.hold_seconds == pytest.approx(1)
+
+
+async def test_a_consumer_that_is_something_else_is_refused(nats_server: NatsServer) -> None:
+    """Another topic under the same name, narrower, wider or several; never changed."""
+    async with broker_on(nats_server) as broker:
+        await broker.subscribe(Interest("all", "orders.>", 10))
+        await broker.subscribe(Interest("one", "orders.created", 10))
+        config = {"durable_name": "two", "ack_policy": "explicit", "filter_subjects": ["orders.a"]}
+        path = "CONSUMER.DURABLE.CREATE.orders.two"
+        await ask(nats_server, path, {"stream_name": "orders", "config": config})
+        bare = {"durable_name": "bare", "ack_policy": "explicit"}
+        path = "CONSUMER.DURABLE.CREATE.orders.bare"
+        await ask(nats_server, path, {"stream_name": "orders", "config": bare})
+        for name, topic in (
+            ("all", "orders.created"),
+            ("one", "orders.>"),
+            ("two", "orders.created"),
+            ("bare", "orders.created"),
+        ):
+            with pytest.raises(BrokerRefused, match="name it differently"):
+                await broker.subscribe(Interest(name, topic, 10))
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+@pytest.mark.parametrize("what", ["CONSUMER.DELETE.orders.{}", "STREAM.DELETE.orders"])
+async def test_a_source_whose_consumer_is_deleted_is_lost(
+    nats_server: NatsServer, what: str, *, waiting: bool
+) -> None:
+    """Whether it waits for events just then or not."""
+    wanted = interest("orders.created")
+    async with broker_on(nats_server) as broker:
+        source = await broker.subscribe(wanted)
+        async with asyncio.timeout(5), asyncio.TaskGroup() as tasks:
+            if waiting:
+                tasks.create_task(lost(source))
+                await until(lambda: asked_for(nats_server, wanted))
+            await ask(nats_server, what.format(wanted.name))
+            if not waiting:
+                await lost(source)
+
+
+async def lost(source: Source) -> None:
+    with pytest.raises(SourceLost, match="deleted or moved"):
+        await source.fetch(10)
+
+
+async def asked_for(server: NatsServer, wanted: Interest) -> bool:
+    info = await ask(server, f"CONSUMER.INFO.orders.{wanted.name}")
+    return bool(info["num_waiting"])
+
+
+async def test_a_consumer_that_was_deleted_while_we_were_away_is_noticed(
+    nats_server: NatsServer,
+) -> None:
+    """
+    Moved by another sidecar before we are back: our handles would mean events of the new consumer.
+
+    Ours comes back a second later, and was not told of the deletion.
+    """
+    wanted = interest("orders.created")
+    async with broker_on(nats_server, reconnect_seconds=1) as broker:
+        await publish(broker, "orders.created", events(range(5)))
+        source = await broker.subscribe(wanted)
+        await take(source, 2)
+        nats_server.kill()
+        await until(lambda: not broker._connection.live)
+        nats_server.start()
+        async with broker_on(nats_server) as other:
+            assert not broker._connection.live
+            await other.seek(wanted, Start())
+        async with asyncio.timeout(5):
+            with pytest.raises(SourceLost):
+                await source.fetch(10)
+        again = await take(await broker.subscribe(wanted), 5)
+
+    assert ids(again) == numbers(5)
+
+
+async def test_a_consumer_that_allows_less_than_we_ask_says_so(nats_server: NatsServer) -> None:
+    """An operator's limits: an error that tells, not a loop."""
+    async with broker_on(nats_server) as broker:
+        await publish(broker, "orders.created", [event()])
+        config = {
+            "durable_name": "small",
+            "ack_policy": "explicit",
+            "filter_subject": "orders.created",
+            "max_batch": 5,
+        }
+        path = "CONSUMER.DURABLE.CREATE.orders.small"
+        await ask(nats_server, path, {"stream_name": "orders", "config": config})
+        source = await broker.subscribe(Interest("small", "orders.created", 100))
+        async with asyncio.timeout(5):
+            with pytest.raises(BrokerRefused, match="Exceeded MaxRequestBatch of 5"):
+                await source.fetch(100)
+
+
+# -- patterns over several streams
+
+
+async def test_a_pattern_spans_streams(nats_server: NatsServer) -> None:
+    async with broker_on(nats_server) as broker:
+        for topic in ("orders.created", "returns.created", "returns.closed"):
+            await publish(broker, topic, events(range(20)))
+        source = await broker.subscribe(interest("*.created"))
+        lags = [await source.lag()]
+        taken = await take(source, 40, ack=True)
+        lags.append(await source.lag())
+
+    for topic in ("orders.created", "returns.created"):
+        assert ids(i for i in taken if i.topic == topic) == numbers(20)
+    assert len({i.identity for i in taken}) == 40
+    assert lags == [40, 0]
+
+
+async def test_a_stream_that_is_made_later_is_part_of_the_pattern(
+    nats_server: NatsServer,
+) -> None:
+    """From its first event, while the source waits, and even when there was no stream at all."""
+    async with broker_on(nats_server) as broker, broker_on(nats_server) as other:
+        source = await broker.subscribe(interest("*.created", start=Start(latest=True)))
+        async with asyncio.TaskGroup() as tasks:
+            fetching = tasks.create_task(take(source, 30, ack=True))
+            await asyncio.sleep(0)
+            for number, topic in enumerate(("orders.created", "returns.created", "a.created")):
+                await publish(other, topic, events(range(number * 10, number * 10 + 10)))
+        taken = fetching.result()
+
+    assert sorted(ids(taken), key=int) == numbers(30)
+
+
+async def test_with_room_for_one_no_stream_starves(nats_server: NatsServer) -> None:
+    """An idle stream is asked as well as a busy one; one event above the room may come for each."""
+    async with broker_on(nats_server) as broker:
+        for topic in ("busy.created", "idle.created"):
+            await publish(broker, topic, [event("0")])
+        source = await broker.subscribe(interest("*.created", max_in_flight=1))
+        await take_one_by_one(source, 2)
+        await publish(broker, "busy.created", events(range(1, 51)))
+        busy = await take_one_by_one(source, 50)
+        await publish(broker, "idle.created", events([51]))
+        idle = await take_one_by_one(source, 1)
+
+    assert busy == numbers(50, first=1)
+    assert idle == ["51"]
+
+
+async def take_one_by_one(source: Source, count: int) -> list[str]:
+    return [id_ for _ in range(count) for id_ in ids(await take(source, 1, ack=True))]
+
+
+async def test_a_position_names_its_stream_when_there_are_several(
+    nats_server: NatsServer,
+) -> None:
+    async with broker_on(nats_server) as broker:
+        for topic in ("orders.created", "returns.created"):
+            await publish(broker, topic, events(range(5)))
+        wanted = interest("*.created")
+        source = await broker.subscribe(wanted)
+        await take(source, 10, ack=True)
+        for wrong in (Position("", 3), Position("elsewhere", 3), Position("orders", 0)):
+            with pytest.raises(NotSupported, match="position"):
+                await broker.seek(wanted, Start(position=wrong))
+        await broker.seek(wanted, Start(position=Position("returns", 4)))
+        taken = await take(await broker.subscribe(wanted), 2, ack=True)
+
+    assert [(i.topic, i.position and i.position.sequence) for i in taken] == [
+        ("returns.created", 4),
+        ("returns.created", 5),
+    ]
+
+
+@pytest.mark.parametrize("mode", ["binary", "structured"])
+async def test_either_content_mode_comes_out_as_it_went_in(
+    nats_server: NatsServer, mode: str
+) -> None:
+    sent = event("1", data=b"\xff\x00", content_type="application/x", key="k", headers={"a": "b"})
+    async with broker_on(nats_server, content_mode=mode) as broker:
+        await publish(broker, "orders.created", [sent])
+        (taken,) = await take(await broker.subscribe(interest("orders.created")), 1)
+
+    assert taken.event == sent

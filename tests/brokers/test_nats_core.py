@@ -1,0 +1,137 @@
+"""What is special to core NATS: at most once, counted where it can be."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sidecar.broker import Start
+from sidecar.brokers.nats.core import NatsBroker
+from sidecar.config import Nats
+from sidecar.errors import BrokerUnavailable, EventTooLarge, NotSupported, OutcomeUnknown
+from sidecar.event import Position, Receipt
+from tests.conformance.acting import event, events, ids, interest, numbers, publish, receipt, take
+from tests.conformance.harness import fresh
+from tests.support.nats_server import NatsServer
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@asynccontextmanager
+async def broker_on(server: NatsServer, **settings: object) -> AsyncIterator[NatsBroker]:
+    table = {"type": "nats", "servers": [server.url], "reconnect_seconds": 0.05, **settings}
+    broker = NatsBroker("nats", Nats.model_validate(table), client_name="test")
+    await broker.connect()
+    yield broker
+    await broker.close()
+
+
+async def test_what_overflows_the_buffer_is_lost_and_counted(nats_server: NatsServer) -> None:
+    """The oldest stay; what there was no place for is counted exactly."""
+    topic = fresh("topic")
+    async with broker_on(nats_server, max_waiting_events=10) as broker:
+        source = await broker.subscribe(interest(topic))
+        await publish(broker, topic, events(range(25)))
+        await until(lambda: source.dropped == 15)
+        first = await take(source, 10)
+        await publish(broker, topic, [event("25")])
+        last = await take(source, 1)
+
+    assert ids(first) == numbers(10)
+    assert ids(last) == ["25"]
+    assert source.dropped == 15
+
+
+async def test_what_is_released_comes_first_again(nats_server: NatsServer) -> None:
+    """Into our own buffer, in the order it had."""
+    topic = fresh("topic")
+    async with broker_on(nats_server) as broker:
+        source = await broker.subscribe(interest(topic))
+        await publish(broker, topic, events(range(6)))
+        taken = await take(source, 4)
+        source.ack([taken[0].handle])
+        source.release([i.handle for i in taken[1:]])
+        again = await take(source, 5)
+
+    assert ids(again) == numbers(5, first=1)
+
+
+async def test_what_was_on_its_way_when_the_connection_broke_is_unknown(
+    nats_server: NatsServer,
+) -> None:
+    """Sent again it could be doubled; what was refused before stays refused."""
+    topic = fresh("topic")
+    async with broker_on(nats_server) as broker:
+        nats_server.pause()
+        too_large = event("large", data=b"x" * 2_000_000)
+        on_its_way = broker.publish(topic, [event("1"), too_large, event("2")])
+        nats_server.kill()
+        async with asyncio.timeout(5):
+            first, refused, last = await on_its_way
+        waiting = broker.publish(topic, [event("3")])
+        nats_server.start()
+        async with asyncio.timeout(5):
+            (later,) = await waiting
+
+    assert isinstance(first, OutcomeUnknown)
+    assert isinstance(last, OutcomeUnknown)
+    assert first.retryable
+    assert isinstance(refused, EventTooLarge)
+    assert isinstance(later, Receipt)
+
+
+async def test_what_waits_when_the_broker_is_closed_was_not_published(
+    nats_server: NatsServer,
+) -> None:
+    async with broker_on(nats_server) as broker:
+        nats_server.kill()
+        await until(lambda: not broker._connection.live)
+        waiting = broker.publish(fresh("topic"), events(range(2)))
+        await broker.close()
+        outcomes = await waiting
+
+    assert [type(outcome) for outcome in outcomes] == [BrokerUnavailable] * 2
+
+
+async def test_the_limit_is_that_of_the_server_the_event_goes_to() -> None:
+    """What waited for a server that takes less than the last one is measured by the new one."""
+    settings: dict[str, object] = {"max_payload": 1_000_000}
+    with NatsServer(config=settings) as server:
+        async with broker_on(server) as broker:
+            server.kill()
+            await until(lambda: not broker._connection.live)
+            batch = [event("1"), event("large", data=b"x" * 500_000), event("2")]
+            waiting = broker.publish(fresh("topic"), batch)
+            server._config["max_payload"] = 100_000
+            server.start()
+            async with asyncio.timeout(5):
+                first, large, last = await waiting
+
+    assert isinstance(large, EventTooLarge)
+    assert [receipt(first).event_id, receipt(last).event_id] == ["1", "2"]
+
+
+@pytest.mark.parametrize("start", [Start(time_ns=1), Start(position=Position("s", 1))])
+async def test_nothing_is_kept_to_start_from(nats_server: NatsServer, start: Start) -> None:
+    async with broker_on(nats_server) as broker:
+        with pytest.raises(NotSupported, match="core NATS"):
+            await broker.subscribe(interest("topic", start=start))
+
+
+@pytest.mark.parametrize("mode", ["binary", "structured"])
+async def test_either_content_mode_comes_out_as_it_went_in(
+    nats_server: NatsServer, mode: str
+) -> None:
+    topic = fresh("topic")
+    sent = event("1", data=b"\xff\x00", content_type="application/x", key="k", headers={"a": "b"})
+    async with broker_on(nats_server, content_mode=mode) as broker:
+        source = await broker.subscribe(interest(topic))
+        await publish(broker, topic, [sent])
+        (taken,) = await take(source, 1)
+
+    assert taken.event == sent
