@@ -38,6 +38,8 @@ _NO_WAIT_SECONDS = 30
 _NOT_FOUND = 404
 _ADVISORY = "$JS.EVENT.ADVISORY"
 
+_TAKEN = "t"
+"""Begins the last token of a reply subject by which a consumer says that it took our answers."""
 _V1_TOKENS = 9
 """Tokens of `$JS.ACK.<stream>.<consumer>.…`; since v2 a domain and an account hash come first."""
 
@@ -88,10 +90,10 @@ class StreamSource(Source):
         self._lost: SidecarError | None = None
         self._unsent: list[bytes] = []
         self._unread: list[bytes] = []
-        """Answers that were written, and that the server may not have read."""
+        """Answers that were written, and that the consumer may not have taken."""
         self._confirming = False
         self._life = 0
-        """Which connection: a PONG of an old one confirms nothing."""
+        """Which connection: what was taken from an old one says nothing of this."""
         self._last_heard = 0.0
         self._generation = 0
         self._doubtful = True
@@ -195,16 +197,20 @@ class StreamSource(Source):
                 feed.owed -= 1
             self._arrived.set()
             return
+        token = subject.rpartition(b".")[2]
+        if token.startswith(_TAKEN.encode()):
+            self._on_taken(token)
+            return
         self._last_heard = asyncio.get_running_loop().time()
         if headers is not None:
-            self._on_status(subject, headers)
+            self._on_status(token, headers)
 
-    def _on_status(self, subject: bytes, headers: bytes) -> None:
+    def _on_status(self, token: bytes, headers: bytes) -> None:
         """A pull ended: it expired, or its consumer did something. "100" only says it lives."""
         status = headers[9:12]
         if status == b"100":
             return
-        generation, _, index = subject.rpartition(b".")[2].partition(b"-")
+        generation, _, index = token.partition(b"-")
         if int(generation) != self._generation:  # of a pull that we gave up
             return
         feed = self._feeds[int(index)]
@@ -348,36 +354,29 @@ class StreamSource(Source):
 
     def _answer(self, handles: Sequence[Hashable], verb: bytes) -> None:
         # Handles are the reply subjects that came with the events.
-        frames = b"".join([b"PUB %b 4\r\n%b\r\n" % (handle, verb) for handle in handles])  # type: ignore[str-format]
+        frames = [b"PUB %b 4\r\n%b\r\n" % (handle, verb) for handle in handles]  # type: ignore[str-format]
         if not frames:
             return
-        if not self._connection.write(frames):
+        plain = b"".join(frames)
+        if not self._confirming and len(self._feeds) == 1:
+            # Non-obvious: a consumer takes its answers one after the other, so its reply to the
+            # last one says that it took them all. A PONG would only say that they were read.
+            reply = f"{self._inbox}.{_TAKEN}{self._life}-{len(self._unread) + 1}".encode()
+            frames[-1] = b"PUB %b %b 4\r\n%b\r\n" % (handles[-1], reply, verb)  # type: ignore[str-format]
+        if not self._connection.write(b"".join(frames)):
             # Bounded by what the subscription holds: each event is answered once.
-            self._unsent.append(frames)
+            self._unsent.append(plain)
             return
-        self._unread.append(frames)
-        self._confirm()
+        if len(self._feeds) == 1:
+            self._unread.append(plain)
+            self._confirming = True
 
-    def _confirm(self) -> None:
-        """
-        Learn up to where the server has read our answers, one PING at a time.
-
-        What it has not read when the connection breaks is written again: at 20,000 acks a second,
-        a thousand are on the wire.
-        """
-        if self._confirming:
-            return
-        self._confirming = True
-        life, count = self._life, len(self._unread)
-        self._connection.confirm(lambda: self._confirmed(life, count))
-
-    def _confirmed(self, life: int, count: int) -> None:
-        if life != self._life:
-            return
-        self._confirming = False
-        del self._unread[:count]
-        if self._unread:
-            self._confirm()
+    def _on_taken(self, token: bytes) -> None:
+        """The consumer took the first answers of `_unread`; they need not be written again."""
+        life, _, count = token.removeprefix(_TAKEN.encode()).partition(b"-")
+        if int(life) == self._life:
+            del self._unread[: int(count)]
+            self._confirming = False
 
     async def lag(self) -> int | None:
         lag = len(self._buffer)
