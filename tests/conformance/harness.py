@@ -54,6 +54,10 @@ class Harness(ABC):
     def make(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
         """A new instance, not connected: a sidecar of its own."""
 
+    def stop(self) -> None:
+        """End the server in order: it keeps all that it knows."""
+        self.kill()
+
     def kill(self) -> None:
         """The server dies, as by SIGKILL."""
         raise NotImplementedError
@@ -103,6 +107,9 @@ class NatsHarness(Harness):
     @property
     def address(self) -> tuple[str, int]:
         return "127.0.0.1", self.server.port
+
+    def stop(self) -> None:
+        self.server.stop()
 
     def kill(self) -> None:
         self.server.kill()
