@@ -16,9 +16,10 @@ def delay_before(attempt: int, policy: Retry, spread: random.Random) -> float:
 
     Exponential from `initial_seconds`, at most `max_seconds`, spread by `jitter` up and down.
     """
-    # The exponent is bounded so that a thousand attempts do not overflow.
-    growth = policy.multiplier ** min(attempt - 2, 200)
-    delay = min(policy.initial_seconds * growth, policy.max_seconds)
+    try:
+        delay = min(policy.initial_seconds * policy.multiplier ** (attempt - 2), policy.max_seconds)
+    except OverflowError:  # a steep policy, after many attempts
+        delay = policy.max_seconds if policy.initial_seconds else 0.0
     return delay * (1 + policy.jitter * (2 * spread.random() - 1))
 
 

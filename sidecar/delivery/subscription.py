@@ -90,7 +90,7 @@ class Subscription:
         self._wake = asyncio.Event()
         self._next_consumer = 0
         self._tasks: asyncio.TaskGroup | None = None
-        self._used = False
+        self._last_used = 0.0
         self._stop = asyncio.Event()
 
     @property
@@ -151,25 +151,20 @@ class Subscription:
         return True
 
     async def _serve(self, source: Source) -> SidecarError | None:
-        """Feed from *source* until nobody consumes, it is lost (the error), or we drain."""
+        """Work with *source* until nobody consumes, it is lost (the error), or we drain."""
         self._source = source
         self._why_not = ""
         lost: SidecarError | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
-                feed = tasks.create_task(self._feed(source))
-                idle = tasks.create_task(self._until_idle())
                 hold = tasks.create_task(self._hold(source))
-                await asyncio.wait([feed, idle], return_when=asyncio.FIRST_COMPLETED)
-                feed.cancel()
-                idle.cancel()
-                if self.draining and self._lost(feed) is None:
+                lost = await self._work(source)
+                if lost is not None:
+                    self._void()
+                elif self.draining:
                     self._give_back(but=WITH_THE_APP)  # what came with the last fetch
                     await self._settled()
                 hold.cancel()
-            lost = self._lost(feed)
-            if lost is not None:
-                self._void()
         finally:
             # Also when the drain's time is up, which cancels us: what is left goes back now.
             self._flush_acks()
@@ -179,8 +174,18 @@ class Subscription:
             await source.close()
         return lost
 
-    def _lost(self, feed: asyncio.Task[SidecarError]) -> SidecarError | None:
-        return feed.result() if feed.done() and not feed.cancelled() else None
+    async def _work(self, source: Source) -> SidecarError | None:
+        while True:
+            async with asyncio.TaskGroup() as tasks:
+                feed = tasks.create_task(self._feed(source))
+                quiet = tasks.create_task(self._quiet())
+                await asyncio.wait([feed, quiet], return_when=asyncio.FIRST_COMPLETED)
+                feed.cancel()
+                quiet.cancel()
+            if feed.done() and not feed.cancelled():
+                return feed.result()
+            if self.draining or not await self._rest():
+                return None
 
     async def _feed(self, source: Source) -> SidecarError:
         """Fetch while there is room; returns why that ended."""
@@ -226,21 +231,31 @@ class Subscription:
     def _consumed(self) -> bool:
         return bool(self.consumers) and not self.paused
 
-    async def _until_idle(self) -> None:
-        """
-        Return when nobody has consumed for a while and nothing is out, or when we drain.
-
-        What waits here goes back then, also while a paused subscription has consumers. What waits
-        for its retry, or for its dead letter to be stored, keeps the source open.
-        """
+    async def _quiet(self) -> None:
+        """Return when nobody has consumed for a while and nothing is out, or when we drain."""
+        clock = asyncio.get_running_loop().time
         while not self._stop.is_set():
-            self._used = False
-            await self._sleep(IDLE_SECONDS)
-            if self._stop.is_set() or self._used or self._consumed or self.window.out:
-                continue
+            wait = IDLE_SECONDS
+            if not self._consumed and not self.window.out:
+                wait = self._last_used + IDLE_SECONDS - clock()
+                if wait <= 0:
+                    return
+            await self._sleep(wait)
+
+    async def _rest(self) -> bool:
+        """
+        Give back what waits, and fetch nothing, until somebody consumes: True. False: done here.
+
+        What waits for its retry, or for its dead letter to be stored, stays here until then: so
+        does the source. And while it is paused: its consumers are still there.
+        """
+        while not self._stop.is_set() and not self._consumed:
             self._give_back(but=IN_HAND)
             if not len(self.window) and not self.consumers:
-                return
+                return False
+            self._wake.clear()
+            await self._wake.wait()
+        return not self._stop.is_set()
 
     async def _hold(self, source: Source) -> None:
         """Keep the broker's claim on what is here, handed over or not."""
@@ -287,7 +302,7 @@ class Subscription:
         if self.draining:
             raise Draining("the sidecar is stopping: open no new consumers")
         self.consumers.append(consumer)
-        self._used = True
+        self._last_used = asyncio.get_running_loop().time()
         self._wake.set()
         self._dispatch_soon()
 
@@ -308,7 +323,7 @@ class Subscription:
         else:
             for held in left:
                 self._fail(held, "app_crash", "the consumer's stream broke", 0.0)
-        self._used = True
+        self._last_used = asyncio.get_running_loop().time()
         self._wake.set()
         self._dispatch_soon()
 
@@ -316,7 +331,8 @@ class Subscription:
         """A pull is over: it takes no more, and what it took stays out until settled by token."""
         if consumer in self.consumers:
             self.consumers.remove(consumer)
-        self._used = True
+        self._last_used = asyncio.get_running_loop().time()
+        self._wake.set()
 
     def credit(self, consumer: Consumer, more: int) -> None:
         consumer.credit += more
@@ -373,7 +389,6 @@ class Subscription:
             self._facts.settled(Settled(self.settings.name, "expired"))
             self._fail(held, "lease_expired", "the lease ended unsettled", None)
         self._arm()
-        self._used = True
         self._wake.set()
         self._dispatch_soon()
 
@@ -396,7 +411,7 @@ class Subscription:
                 results.append(None)
         if acked:
             self._facts.settled(Settled(self.settings.name, "ack", acked))
-        self._used = True
+        self._last_used = asyncio.get_running_loop().time()
         self._wake.set()
         self._dispatch_soon()
         return results
@@ -537,7 +552,7 @@ class Subscription:
         held = self.window.clear()
         if self._source is not None:
             self._source.release(handles(held))
-        self._used = True
+        self._last_used = asyncio.get_running_loop().time()
         self._wake.set()
 
     async def lag(self) -> int | None:
