@@ -36,7 +36,7 @@ class Effort(NamedTuple):
     starts: int
 
 
-FULL = Effort(rounds=5, seconds=3.0, warm_seconds=0.7, events_to_consume=200_000, starts=5)
+FULL = Effort(rounds=5, seconds=2.0, warm_seconds=0.7, events_to_consume=200_000, starts=5)
 QUICK = Effort(rounds=2, seconds=1.0, warm_seconds=0.4, events_to_consume=50_000, starts=2)
 
 

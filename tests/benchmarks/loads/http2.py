@@ -33,6 +33,7 @@ class GrpcConnection(asyncio.Protocol):
         self._room = 65535
         self._initial_room = 65535
         self._max_frame = 16384
+        self._max_streams = 1 << 31
         self._taken = 0
         self._ready = asyncio.Event()
         self._transport: asyncio.Transport | None = None
@@ -50,13 +51,22 @@ class GrpcConnection(asyncio.Protocol):
     # -- calls
 
     def call(self, on_message: Callable[[bytes], None], on_end: Callable[[], None]) -> Call:
-        """Open a stream. *on_end* comes after the last message, however the call ended."""
-        call = Call(self, self._next_stream, self._initial_room, on_message, on_end)
-        self._calls[call.stream] = call
+        """
+        A new call; its first message opens the stream, once the server takes one more.
+
+        *on_end* comes after the last message, however the call ended.
+        """
+        return Call(self, on_message, on_end)
+
+    def _open(self, call: Call) -> bool:
+        if len(self._calls) >= self._max_streams:
+            return False
+        call.stream, call.room = self._next_stream, self._initial_room
         self._next_stream += 2
+        self._calls[call.stream] = call
         block = self._header_block()
         self._out.append(_frame(_HEADERS, _END_HEADERS, call.stream, block))
-        return call
+        return True
 
     def _header_block(self) -> bytes:
         if not self._first:
@@ -83,6 +93,8 @@ class GrpcConnection(asyncio.Protocol):
         pending, out = self._pending, self._out
         while pending:
             call, data, end = pending[0]
+            if not call.stream and not self._open(call):
+                break
             room = min(self._room, call.room, self._max_frame)
             if room <= 0:
                 break
@@ -172,6 +184,8 @@ class GrpcConnection(asyncio.Protocol):
                 self._initial_room = value
             elif name == _SET_MAX_FRAME:
                 self._max_frame = value
+            elif name == _SET_MAX_CONCURRENT:
+                self._max_streams = value
         self._out.append(_frame(_SETTINGS, _ACK, 0, b""))
         self._ready.set()
 
@@ -184,15 +198,14 @@ class Call:
     def __init__(
         self,
         connection: GrpcConnection,
-        stream: int,
-        room: int,
         on_message: Callable[[bytes], None],
         on_end: Callable[[], None],
     ) -> None:
         self._connection = connection
         self._rest = b""
-        self.stream = stream
-        self.room = room
+        self.stream = 0
+        """0: not open yet."""
+        self.room = 0
         self.on_message = on_message
         self.on_end = on_end
 
