@@ -42,6 +42,7 @@ class Pending:
         turn = asyncio.get_running_loop().create_future()
         entry = (turn, events, size)
         self._waiting.append(entry)
+        self._let_in()
         try:
             async with asyncio.timeout(wait):
                 await turn

@@ -54,6 +54,27 @@ class Moody(MemoryBroker):
         return refused
 
 
+class Slow(MemoryBroker):
+    """A broker that stores at once, and says so when it is told to."""
+
+    def __init__(self, name: str, settings: Memory) -> None:
+        super().__init__(name, settings)
+        self.may_answer = asyncio.Event()
+        self.tries = 0
+
+    def publish(
+        self, topic: str, events: Sequence[Event], *, broker_ids: Sequence[str] | None = None
+    ) -> asyncio.Future[Sequence[Outcome]]:
+        self.tries += 1
+        outcomes = super().publish(topic, events, broker_ids=broker_ids)
+
+        async def answer() -> Sequence[Outcome]:
+            await self.may_answer.wait()
+            return await outcomes
+
+        return asyncio.create_task(answer())
+
+
 class Away(MemoryBroker):
     """A broker that cannot be reached."""
 

@@ -25,11 +25,11 @@ from tests.delivery.stage import (
     Away,
     Moody,
     Sidecar,
+    Slow,
     ids,
     memory,
     numbers,
     running,
-    stored,
 )
 from tests.delivery.stage import event as make
 from tests.support.waiting import until
@@ -381,18 +381,25 @@ async def test_a_drain_does_not_wait_for_an_app_that_is_gone() -> None:
 
 async def test_a_drain_waits_for_a_dead_letter_that_is_being_stored() -> None:
     """Else the event would be delivered once more than max_attempts, elsewhere."""
-    work, letters = memory("work"), Moody("letters", Memory(type="memory"))
+    work, letters = memory("work"), Slow("letters", Memory(type="memory"))
     where = {"broker": "letters"}
     async with running(work, letters) as leaving, running(work, letters) as staying:
         await leaving.publish("orders.new", make("1"))
         app = leaving.app(leaving.subscription(dead_letter=where))
         app.reject(await app.one())
-        await leaving.hub.drain(60)
-        await stored(letters, "dlq.orders.new", 1)
+        await until(lambda: letters.tries == 1)
+        draining = asyncio.create_task(leaving.hub.drain(60))
+        other = staying.app(staying.subscription(dead_letter=where))
         await staying.publish("orders.new", make("2"))
-        next_one = await staying.app(staying.subscription(dead_letter=where)).one()
+        next_one = await other.one()
+        drained_early = draining.done()
+        letters.may_answer.set()
+        await draining
 
+    assert not drained_early
     assert next_one.event.id == "2"
+    assert other.given == 1
+    assert len(leaving.heard.dead) == 1
 
 
 async def test_a_drain_leaves_with_the_broker_what_cannot_be_a_dead_letter_now() -> None:

@@ -609,6 +609,20 @@ async def test_a_move_while_nobody_consumes_brings_acked_events_again() -> None:
     assert [(d.event.id, d.attempt) for d in again] == [("1", 1), ("2", 1)]
 
 
+async def test_a_move_by_another_sidecar_while_nobody_consumes_here_is_no_lost_ack() -> None:
+    broker = memory()
+    async with running(broker) as one, running(broker) as other:
+        await one.publish("orders.new", make("1"), make("2"))
+        app = one.app()
+        app.ack(*await app.take(2))
+        app.leave()
+        await until(lambda: not app.subscription.window.was_acked(1), what="at rest")
+        await other.subscription().seek(Start())
+        again = await one.app(app.subscription).take(2)
+
+    assert ids(again) == ["1", "2"]
+
+
 async def test_a_subscription_that_lost_its_source_subscribes_again() -> None:
     """Here because another sidecar moved it."""
     broker = memory()

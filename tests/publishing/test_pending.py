@@ -80,6 +80,14 @@ async def test_a_queue_that_stays_full_says_when_to_come_again() -> None:
     assert pending.try_enter(10, 100)
 
 
+async def test_who_enters_while_there_is_room_does_not_wait() -> None:
+    pending = make()
+    async with asyncio.timeout(1):
+        await pending.enter(1, 1, wait=None)
+
+    assert (pending.events, pending.bytes) == (1, 1)
+
+
 async def test_not_waiting_at_all_is_possible() -> None:
     pending = make()
     pending.try_enter(10, 10)
@@ -175,6 +183,7 @@ class Crowd:
                 await self.leave(0)
             await turns()
             self.check()
+            assert self.inside or all(task.done() for task in self.queued), "nobody is let in"
 
         assert all(task.cancelled() or task in self.let_in for task in self.queued)
         assert (self.pending.events, self.pending.bytes) == (0, 0)
