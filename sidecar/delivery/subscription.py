@@ -40,7 +40,6 @@ IDLE_SECONDS = 1.0
 RETRY_SECONDS = (0.1, 5.0)
 """Pause before subscribing again: at first, and at most."""
 WITH_THE_APP = frozenset({State.OUT, State.LEAVING})
-IN_HAND = WITH_THE_APP | {State.RETRY}
 
 
 class Subscription:
@@ -90,6 +89,7 @@ class Subscription:
         self._wake = asyncio.Event()
         self._next_consumer = 0
         self._tasks: asyncio.TaskGroup | None = None
+        self._storing = 0
         self._last_used = 0.0
         self._stop = asyncio.Event()
 
@@ -141,9 +141,9 @@ class Subscription:
                 await self._stop.wait()
 
     async def _somebody(self) -> bool:
-        """Wait for a consumer; False when the drain came first."""
+        """Wait until somebody consumes; False when the drain came first."""
         self._why_not = ""
-        while not self.consumers:
+        while not self._consumed:
             if self.draining:
                 return False
             self._wake.clear()
@@ -162,7 +162,7 @@ class Subscription:
                 if lost is not None:
                     self._void()
                 elif self.draining:
-                    self._give_back(but=WITH_THE_APP)  # what came with the last fetch
+                    self._give_back(but=WITH_THE_APP)
                     await self._settled()
                 hold.cancel()
         finally:
@@ -184,7 +184,7 @@ class Subscription:
                 quiet.cancel()
             if feed.done() and not feed.cancelled():
                 return feed.result()
-            if self.draining or not await self._rest():
+            if await self._may_rest():
                 return None
 
     async def _feed(self, source: Source) -> SidecarError:
@@ -242,20 +242,17 @@ class Subscription:
                     return
             await self._sleep(wait)
 
-    async def _rest(self) -> bool:
+    async def _may_rest(self) -> bool:
         """
-        Give back what waits, and fetch nothing, until somebody consumes: True. False: done here.
+        Wait for dead letters that are being stored; False when somebody consumes before.
 
-        What waits for its retry, or for its dead letter to be stored, stays here until then: so
-        does the source. And while it is paused: its consumers are still there.
+        What is neither stored nor out goes back to the broker then, for another sidecar. It may
+        not stay with a source that nothing is fetched from: that would take more, for nobody.
         """
-        while not self._stop.is_set() and not self._consumed:
-            self._give_back(but=IN_HAND)
-            if not len(self.window) and not self.consumers:
-                return False
+        while self._storing and not self._consumed and not self._stop.is_set():
             self._wake.clear()
             await self._wake.wait()
-        return not self._stop.is_set()
+        return self._stop.is_set() or not self._consumed
 
     async def _hold(self, source: Source) -> None:
         """Keep the broker's claim on what is here, handed over or not."""
@@ -268,7 +265,7 @@ class Subscription:
 
     async def _settled(self) -> None:
         """While draining: until what is out is settled, and buried where that was its end."""
-        while self.window.out or self.window.leaving:
+        while self.window.out or self._storing:
             self._wake.clear()
             await self._wake.wait()
 
@@ -290,7 +287,6 @@ class Subscription:
         """Fetch and hand over no more. `run` ends when what is out is settled; cancel it in time."""
         self._stop.set()
         self._wake.set()
-        self._give_back(but=WITH_THE_APP)
         for consumer in list(self.consumers):
             if isinstance(consumer, PullConsumer):  # a stream stays open, to settle
                 consumer.closed(Draining("the sidecar is stopping: pull from another, or again"))
@@ -498,20 +494,23 @@ class Subscription:
         """Store, then ack. While it cannot be stored the event stays with the broker, its lane held."""
         pause = RETRY_SECONDS[0]
         while self.window.holds(held):
+            self._storing += 1
             try:
                 await self._dead_letters.store(
                     held.incoming, reason=reason, error=error, attempts=held.attempt
                 )
             except SidecarError as failure:
                 self._not_stored(failure)
-                if self.draining:
-                    self._leave_with_broker(held)
-                    return
-                await self._sleep(pause)
-                pause = min(pause * 2, RETRY_SECONDS[1])
             else:
                 self._stored(held, reason)
                 return
+            finally:
+                self._storing -= 1
+                self._wake.set()
+            if self.draining:
+                return
+            await self._sleep(pause)
+            pause = min(pause * 2, RETRY_SECONDS[1])
 
     def _not_stored(self, failure: SidecarError) -> None:
         detail = f"a dead letter cannot be stored: {failure.message}"
@@ -524,15 +523,7 @@ class Subscription:
         self._facts.dead_lettered(DeadLettered(self.settings.name, reason))
         if self.window.holds(held):
             self._ack(held)
-            self._wake.set()
             self._dispatch_soon()
-
-    def _leave_with_broker(self, held: Held) -> None:
-        if self.window.holds(held):
-            self.window.gone(held)
-            if self._source is not None:
-                self._source.release([held.incoming.handle])
-            self._wake.set()
 
     # -- operators
 

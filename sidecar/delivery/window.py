@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import heapq
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sidecar.delivery.recent import Recent
 
@@ -28,12 +28,26 @@ class State(enum.Enum):
     LEAVING = "leaving"  # on its way to the dead letters
 
 
+class Past(NamedTuple):
+    """What is remembered of an event that went back to the broker, for when it comes here again."""
+
+    uncounted: int
+    """To add to the broker's count of deliveries; mostly negative."""
+    first_failed: int
+    retry_at: float
+    """Loop time; 0: it did not wait for one."""
+
+
+NOTHING = Past(0, 0, 0.0)
+
+
 class Held:
     """One event in the window. Changed by Window only."""
 
     __slots__ = (
         "attempt",
         "consumer",
+        "due",
         "failing",
         "first_failed",
         "incoming",
@@ -50,6 +64,8 @@ class Held:
         """Deliveries that count so far; while out, the number of this one."""
         self.state = State.WAITING
         self.token = ""
+        self.due = 0.0
+        """Loop time at which its timer ends: the lease, or the wait for the next try."""
         self.timer = 0
         """Number of the timer that runs for it, 0 for none."""
         self.failing = False
@@ -93,7 +109,7 @@ class Window:
         self._timer_numbers = 0
         self._acked: Recent[bool] = Recent(REMEMBERED)
         self._expired: Recent[bool] = Recent(REMEMBERED)
-        self._uncounted: Recent[int] = Recent(REMEMBERED)
+        self._past: Recent[Past] = Recent(REMEMBERED)
         self.retrying = 0
         self.leaving = 0
         self.stuck = 0
@@ -140,16 +156,17 @@ class Window:
         None when it is here already (the broker's claim on it ran out): it now answers for both.
         """
         identity = incoming.identity
-        attempt = incoming.delivered - 1
+        past = NOTHING
         if identity is not None:
             known = self._identities.get(identity)
             if known is not None:
                 known.incoming = incoming
                 return None
-            attempt = max(0, attempt + self._uncounted.get(identity, 0))
+            past = self._past.get(identity, NOTHING)
         event = incoming.event
         key = event.key if self._ordered and event is not None else ""
-        held = Held(incoming, key, attempt)
+        held = Held(incoming, key, max(0, incoming.delivered - 1 + past.uncounted))
+        held.first_failed = past.first_failed
         self._held[id(held)] = held
         if identity is not None:
             self._identities[identity] = held
@@ -163,8 +180,11 @@ class Window:
                 self.stuck += lane[0].failing
                 return held
             self._lanes[key] = deque((held,))
-        held.state = State.READY
-        self._ready.append(held)
+        if past.retry_at:
+            self._wait(held, past.retry_at)
+        else:
+            held.state = State.READY
+            self._ready.append(held)
         return held
 
     def was_acked(self, identity: Hashable) -> bool:
@@ -247,10 +267,7 @@ class Window:
         self._leave_state(held)
         if uncounted:
             held.attempt -= 1
-        held.state = State.RETRY
-        self.retrying += 1
-        self._fails(held)
-        self._start_timer(held, at)
+        self._wait(held, at)
 
     def back(self, held: Held) -> None:
         """Untouched by its consumer, who left: first in line again, and the attempt not counted."""
@@ -269,14 +286,14 @@ class Window:
         Forget what is here, oldest first, so that the broker gets it back; no attempt is counted.
 
         *but* in these states nothing is given back, nor what waits behind it: another sidecar
-        would hand that over first. The attempts are known when an event comes here again, where
-        the broker would count this time, too.
+        would hand that over first. Where an event comes here again, its attempts are known (the
+        broker counts this time, too) and the wait for its retry goes on.
         """
         given = [held for held in self._held.values() if self._first(held).state not in but]
         if not given:
             return given
         for held in given:
-            self._note_attempts(held)
+            self._remember(held)
             self._leave_state(held)
             del self._held[id(held)]
             identity = held.incoming.identity
@@ -335,7 +352,7 @@ class Window:
         self._out.clear()
         self._timers.clear()
         self._timed.clear()
-        self._uncounted.clear()
+        self._past.clear()
         self.forget_acked()
         self.retrying = self.leaving = self.stuck = 0
         return held
@@ -351,6 +368,7 @@ class Window:
             del self._timed[held.timer]
         self._timer_numbers = held.timer = self._timer_numbers + 1
         self._timed[held.timer] = held
+        held.due = at
         heapq.heappush(self._timers, (at, held.timer))
         # Settled deliveries leave their leases behind: sweep before they are most of the heap.
         if len(self._timers) > 64 + 4 * len(self._timed):
@@ -370,6 +388,12 @@ class Window:
             del self._timed[held.timer]
             held.timer = 0
 
+    def _wait(self, held: Held, at: float) -> None:
+        held.state = State.RETRY
+        self.retrying += 1
+        self._fails(held)
+        self._start_timer(held, at)
+
     def _leave(self, held: Held) -> None:
         held.state = State.LEAVING
         self.leaving += 1
@@ -384,11 +408,13 @@ class Window:
             held.failing = True
             self.stuck += len(self._lanes[held.key]) if held.key else 1
 
-    def _note_attempts(self, held: Held) -> None:
+    def _remember(self, held: Held) -> None:
         identity = held.incoming.identity
-        counted = held.attempt - (held.state is State.OUT)
         if identity is not None:
-            self._uncounted.put(identity, counted - held.incoming.delivered)
+            counted = held.attempt - (held.state is State.OUT)
+            retry_at = held.due if held.state is State.RETRY else 0.0
+            uncounted = counted - held.incoming.delivered
+            self._past.put(identity, Past(uncounted, held.first_failed, retry_at))
 
 
 def handles(held: Iterable[Held]) -> list[Hashable]:

@@ -295,27 +295,44 @@ async def test_what_was_given_back_untouched_is_no_attempt_when_it_comes_again()
     assert (again.event.id, again.attempt) == ("2", 1)
 
 
-async def test_an_idle_sidecar_keeps_what_waits_for_its_retry_and_what_is_behind_it() -> None:
-    """Another would hand it over at once, or hand over first what comes after it."""
-    broker = memory()
-    async with running(broker) as idle, running(broker) as busy:
+async def test_the_wait_for_a_retry_goes_on_when_an_event_given_back_comes_again() -> None:
+    async with running() as sidecar:
         events = [make("1", key="a"), make("2", key="a"), make("3", key="b")]
-        await idle.publish("orders.new", *events)
-        leaver = idle.app(credit=1)
+        await sidecar.publish("orders.new", *events)
+        leaver = sidecar.app(credit=1)
         clock = asyncio.get_running_loop().time
-        leaver.nack(await leaver.one(), delay=1.4)
+        leaver.nack(await leaver.one(), delay=1.5)
         started = clock()
         leaver.leave()
-        app = busy.app()
-        order = []
+        window = leaver.subscription.window
+        await until(lambda: not len(window), what="at rest")
+        app = sidecar.app()
+        had = []
         for _ in range(3):
-            delivery = await app.one()
-            order.append(delivery.event.id)
-            app.ack(delivery)
+            had.append(await app.one())
+            app.ack(had[-1])
         waited = clock() - started
 
-    assert order == ["3", "1", "2"]
-    assert waited >= 1.39
+    assert [(d.event.id, d.attempt) for d in had] == [("3", 1), ("1", 2), ("2", 1)]
+    assert waited >= 1.49
+
+
+async def test_an_idle_sidecar_does_not_keep_what_cannot_be_a_dead_letter() -> None:
+    work, letters = memory("work"), Moody("letters", Memory(type="memory"))
+    where = {"broker": "letters"}
+    letters.refuses = True
+    async with running(work, letters) as idle, running(work, letters) as busy:
+        await idle.publish("orders.new", make("1", key="k"), make("2", key="k"))
+        leaver = idle.app(idle.subscription(dead_letter=where))
+        leaver.reject(await leaver.one())
+        leaver.leave()
+        app = busy.app(busy.subscription(dead_letter=where))
+        taken = []
+        for _ in range(2):
+            taken.append(await app.one())
+            app.ack(taken[-1])
+
+    assert ids(taken) == ["1", "2"]
 
 
 async def test_a_paused_sidecar_gives_back_what_it_holds() -> None:

@@ -403,6 +403,18 @@ async def test_consumers_share_a_subscription_by_their_credit() -> None:
     assert sorted(ids([*taken, *rest]), key=int) == numbers(0, 50)
 
 
+async def test_a_burst_is_shared_evenly_among_those_who_have_credit_for_all_of_it() -> None:
+    async with running() as sidecar:
+        await sidecar.publish("orders.new", *(make(i) for i in numbers(0, 100)))
+        subscription = sidecar.subscription()
+        apps = [App(subscription), App(subscription)]
+        for app in apps:
+            subscription.attach(app)
+        await until(lambda: sum(app.given for app in apps) == 100)
+
+    assert [app.given for app in apps] == [50, 50]
+
+
 async def test_none_of_two_hungry_consumers_starves() -> None:
     async with running() as sidecar:
         subscription = sidecar.subscription()

@@ -176,6 +176,20 @@ def test_what_another_sidecar_did_with_an_event_in_between_counts() -> None:
     assert [held.attempt for held in take(lanes)] == [2]
 
 
+def test_the_wait_for_a_retry_goes_on_when_an_event_given_back_returns() -> None:
+    lanes = window()
+    arrive(lanes, incoming(1, "a"), incoming(2, "a"))
+    (first,) = take(lanes)
+    lanes.retry(first, 5.0)
+    lanes.give_back()
+    arrive(lanes, incoming(1, "a", delivered=2), incoming(2, "a", delivered=2))
+    early, due = take(lanes), lanes.next_time()
+    lanes.due(5.0)
+
+    assert (early, due) == ([], 5.0)
+    assert [(held.incoming.identity, held.attempt) for held in take(lanes)] == [(1, 2)]
+
+
 # -- what comes twice
 
 

@@ -43,6 +43,7 @@ class Windows(RuleBasedStateMachine):
         self.counted: dict[int, int] = {}
         self.here: dict[int, Held] = {}
         self.due: dict[int, float] = {}
+        self.waits: dict[int, float] = {}
         self.tokens: dict[int, str] = {}
         self.expired: set[str] = set()
         self.over: set[str] = set()
@@ -66,6 +67,10 @@ class Windows(RuleBasedStateMachine):
             held = self.window.arrived(incoming)
             assert held is not None
             self.here[sequence] = held
+            waits_until = self.waits.pop(sequence, None)
+            if waits_until is not None and self._first(sequence) == sequence:
+                assert held.state is State.RETRY
+                self.due[sequence] = waits_until
 
     @precondition(lambda self: self.here)
     @rule(data=st.data())
@@ -87,6 +92,8 @@ class Windows(RuleBasedStateMachine):
             if sequence in self.tokens:
                 self._token_is_over(sequence)
                 self.counted[sequence] -= 1
+            elif sequence in self.due:
+                self.waits[sequence] = self.due[sequence]
             self._leaves(sequence)
         self.at_broker = sorted(self.at_broker + gone)
 
@@ -101,6 +108,7 @@ class Windows(RuleBasedStateMachine):
             self._leaves(sequence)
         self.at_broker = [s for s in range(len(self.keys)) if s not in self.done]
         self.counted.clear()
+        self.waits.clear()
         self.window.clear()
 
     # -- the app
