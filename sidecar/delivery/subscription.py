@@ -351,16 +351,17 @@ class Subscription:
         lease_end = now + self.settings.lease_seconds
         hungry = [consumer for consumer in self.consumers if consumer.credit > 0]
         while window.has_ready and hungry:
-            self._next_consumer = (self._next_consumer + 1) % len(hungry)
-            consumer = hungry[self._next_consumer]
-            share = max(1, -(-window.ready // len(hungry)))
-            taken = window.take(
-                min(consumer.credit, consumer.max_batch, share), consumer, lease_end
-            )
-            consumer.credit -= len(taken)
-            consumer.deliver([_delivery(held) for held in taken])
-            if consumer.credit <= 0:  # a pull takes one batch, so it has none left
-                hungry.remove(consumer)
+            share = -(-window.ready // len(hungry))
+            self._next_consumer = first = (self._next_consumer + 1) % len(hungry)
+            for consumer in (*hungry[first:], *hungry[:first]):
+                taken = window.take(
+                    min(consumer.credit, consumer.max_batch, share), consumer, lease_end
+                )
+                if taken:
+                    consumer.credit -= len(taken)
+                    consumer.deliver([_delivery(held) for held in taken])
+            # A pull takes one batch, so it has no credit left, whatever it got.
+            hungry = [consumer for consumer in hungry if consumer.credit > 0]
         self._arm()
         if window.room:
             self._wake.set()
