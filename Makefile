@@ -28,6 +28,7 @@ run: $(READY) ## Start the sidecar with the embedded NATS server (ARGS="--config
 	@exec $(BIN)/sidecar run $(ARGS)
 
 test: $(READY) ## The whole suite, on real servers (ARGS="-k name" for a part)
+	@$(BIN)/python -m tests.support.kafka
 	@echo "==> testing"
 	@$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
