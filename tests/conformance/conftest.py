@@ -1,4 +1,8 @@
-"""Each claim on every driver that makes it, on both event loops."""
+"""
+Each claim on every driver that makes it, on both event loops.
+
+One more broker: a class in harness.py, an entry in HARNESSES, and a fixture that starts its server.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 
     from sidecar.broker import Broker
 
-HARNESSES: dict[str, type[MemoryHarness | NatsHarness]] = {
+HARNESSES: dict[str, type[Harness]] = {
     "memory": MemoryHarness,
     "nats": NatsHarness,
     "jetstream": JetStreamHarness,
@@ -40,22 +44,20 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="session")
-def shared_server() -> Iterator[NatsServer]:
+def shared_nats_server() -> Iterator[NatsServer]:
     with NatsServer() as server:
         yield server
 
 
 @pytest.fixture(params=HARNESSES)
-def harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
+def harness(request: pytest.FixtureRequest) -> Harness:
     kind = HARNESSES[request.param]
     for marker in request.node.iter_markers("needs"):
         for name in marker.args:
             if name not in kind.features and not getattr(kind.capabilities, name, False):
                 pytest.skip(f"{request.param}: not promised: {name}")
-    if issubclass(kind, NatsHarness):
-        yield kind(request.getfixturevalue("shared_server"))
-    else:
-        yield kind()
+    server = request.getfixturevalue(kind.server_fixture) if kind.server_fixture else None
+    return kind(server)
 
 
 class World:

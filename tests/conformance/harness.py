@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import nats
 
@@ -34,6 +36,16 @@ def fresh(prefix: str) -> str:
     return f"{prefix}-{os.getpid()}-{next(_numbers)}"
 
 
+def wait_until_stopped(pid: int) -> None:
+    """After SIGSTOP: a thread on another core may answer for a moment longer."""
+    deadline = time.monotonic() + 5
+    while any(
+        "T" not in status.read_text().rpartition(")")[2].split()[0]
+        for status in Path(f"/proc/{pid}/task").glob("*/stat")
+    ):
+        assert time.monotonic() < deadline, "the server does not stop"
+
+
 class Harness(ABC):
     """
     One kind of broker. Every instance that *make* gives is on the same server.
@@ -44,6 +56,11 @@ class Harness(ABC):
 
     capabilities: ClassVar[Capabilities]
     features: ClassVar[frozenset[str]] = frozenset()
+    server_fixture: ClassVar[str] = ""
+    """The fixture of the server that all tests share, if there is one."""
+
+    def __init__(self, server: Any) -> None:
+        self.server = server
 
     @property
     def address(self) -> tuple[str, int]:
@@ -81,7 +98,8 @@ class MemoryHarness(Harness):
 
     capabilities = MemoryBroker.capabilities
 
-    def __init__(self) -> None:
+    def __init__(self, server: None) -> None:
+        super().__init__(server)
         self._broker = MemoryBroker("memory", Memory(type="memory"))
 
     def make(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
@@ -91,9 +109,8 @@ class MemoryHarness(Harness):
 class NatsHarness(Harness):
     capabilities = NatsBroker.capabilities
     features = frozenset({"server", "foreign"})
-
-    def __init__(self, server: NatsServer) -> None:
-        self.server = server
+    server_fixture = "shared_nats_server"
+    server: NatsServer
 
     def make(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
         settings = Nats(
@@ -122,12 +139,15 @@ class NatsHarness(Harness):
 
     def pause(self) -> None:
         self.server.pause()
+        wait_until_stopped(self.server.pid)
 
     async def publish_foreign(
         self, topic: str, data: bytes, headers: Mapping[str, str] | None = None
     ) -> None:
         client = await nats.connect(self.server.url)
         await client.publish(topic, data, headers=dict(headers) if headers else None)
+        # Twice: nats-py's flush writes its PING ahead of what it has queued.
+        await client.flush()
         await client.flush()
         await client.close()
 

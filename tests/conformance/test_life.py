@@ -49,7 +49,7 @@ async def test_connecting_to_nothing_fails_in_time_and_works_when_it_is_there(
     world.harness.start()
     await broker.connect()
 
-    assert took < CONNECT_SECONDS + (0.6 if how == "silent" else 0)
+    assert took < CONNECT_SECONDS + (1 if how == "silent" else 0)
     assert len(await publish(broker, topic, events(range(3)))) == 3
 
 
@@ -151,9 +151,9 @@ async def test_closing_is_bounded_when_the_server_hangs(world: World, topic: str
     broker = await world.sidecar()
     source = await broker.subscribe(interest(topic))
     world.harness.pause()
-    async with asyncio.timeout(2.2):
+    async with asyncio.timeout(2.5):
         await source.close()
-    async with asyncio.timeout(2.2):
+    async with asyncio.timeout(2.5):
         await broker.close()
 
 
