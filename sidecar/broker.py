@@ -11,7 +11,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
-    from sidecar.event import Durability, Event, Outcome, Position
+    from sidecar.event import Durability, Event, Outcome, Position, pattern_matcher
 
 
 class Capabilities(msgspec.Struct, frozen=True):
@@ -65,6 +65,9 @@ class Interest(msgspec.Struct, frozen=True):
     """Events that the sidecar holds at most: never prefetch more."""
     start: Start = Start()
 
+    def matches(self, topic: str) -> bool:
+        return pattern_matcher(self.topic).fullmatch(topic) is not None
+
 
 class Incoming(msgspec.Struct, frozen=True):
     """One event as it came from a broker, with what is needed to answer for it."""
@@ -77,8 +80,8 @@ class Incoming(msgspec.Struct, frozen=True):
     event: Event | None
     """None: the bytes are not an event, see *problem*."""
     position: Position | None = None
-    delivered: int = 1
-    """How often the broker has handed it out, this time included, to whomever."""
+    attempts: int = 0
+    """Deliveries that failed so far, here or in another sidecar, as `Source.failed` recorded."""
     problem: str = ""
     raw: bytes = b""
     """The bytes as they came, when they are not an event."""
@@ -106,6 +109,14 @@ class Source(ABC):
     def ack(self, handles: Sequence[Hashable]) -> None:
         """These events are done; the broker need not keep them for this subscription."""
 
+    def failed(self, handle: Hashable, attempts: int) -> None:
+        """
+        A delivery of this event failed; *attempts* have so far. It will be handed out again.
+
+        Recorded where another sidecar that gets the event sees it, if the broker can. Before the
+        event comes again, and never for what was only fetched.
+        """
+
     @abstractmethod
     def release(self, handles: Sequence[Hashable]) -> None:
         """Give these back untouched: the broker hands them out again, here or elsewhere, now."""
@@ -113,6 +124,9 @@ class Source(ABC):
     @abstractmethod
     def hold(self, handles: Sequence[Hashable]) -> None:
         """We still have these: keep them from being handed to others. Called every few seconds."""
+
+    on_revoked: Callable[[Sequence[Hashable]], None] = staticmethod(lambda _identities: None)
+    """Told of events, by identity, that are another sidecar's from now on; set by the owner."""
 
     @property
     def hold_seconds(self) -> float | None:

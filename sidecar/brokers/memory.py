@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+from collections import OrderedDict
 from typing import TYPE_CHECKING, ClassVar
 
 from sidecar.broker import Broker, BrokerState, Capabilities, Incoming, Interest, Source, Start
@@ -97,10 +98,11 @@ class _Log:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.events: dict[int, tuple[str, Event, int]] = {}
+        # Ordered: a plain dict searches for its first key past all that were removed before it.
+        self.events: OrderedDict[int, tuple[str, Event, int]] = OrderedDict()
         self.next_sequence = 1
         self._bytes = 0
-        self._remembered: dict[Hashable, tuple[int, float]] = {}
+        self._remembered: OrderedDict[Hashable, tuple[int, float]] = OrderedDict()
 
     def append(self, topic: str, event: Event, identity: Hashable, now: float) -> tuple[int, bool]:
         """The event's sequence, and whether it was there before."""
@@ -121,7 +123,7 @@ class _Log:
         while len(self.events) > self._settings.max_events or (
             self._bytes > self._settings.max_bytes and len(self.events) > 1
         ):
-            _, dropped, _ = self.events.pop(next(iter(self.events)))
+            _, (_, dropped, _) = self.events.popitem(last=False)
             self._bytes -= dropped.size
         return sequence, False
 
@@ -135,7 +137,7 @@ class _Group:
         self._log = log
         self._cursor = _first_sequence(log, interest.start)
         self._again: list[int] = []
-        self._delivered: dict[Hashable, int] = {}
+        self._attempts: dict[Hashable, int] = {}
         self.sources: list[MemorySource] = []
 
     def take(self, limit: int) -> list[Incoming]:
@@ -153,18 +155,20 @@ class _Group:
 
     def _incoming(self, sequence: int) -> Incoming:
         topic, event, _ = self._log.events[sequence]
-        delivered = self._delivered[sequence] = self._delivered.get(sequence, 0) + 1
         return Incoming(
             topic=topic,
             handle=sequence,
             identity=sequence,
             event=event,
             position=Position(STREAM, sequence),
-            delivered=delivered,
+            attempts=self._attempts.get(sequence, 0),
         )
 
     def done(self, sequence: Hashable) -> None:
-        self._delivered.pop(sequence, None)
+        self._attempts.pop(sequence, None)
+
+    def failed(self, sequence: Hashable, attempts: int) -> None:
+        self._attempts[sequence] = attempts
 
     def give_back(self, sequences: Sequence[Hashable]) -> None:
         for sequence in sequences:
@@ -231,6 +235,10 @@ class MemorySource(Source):
             if handle in self._out:
                 self._out.discard(handle)
                 self._group.done(handle)
+
+    def failed(self, handle: Hashable, attempts: int) -> None:
+        if handle in self._out:
+            self._group.failed(handle, attempts)
 
     def release(self, handles: Sequence[Hashable]) -> None:
         back = [handle for handle in handles if handle in self._out]

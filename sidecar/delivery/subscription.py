@@ -28,7 +28,7 @@ from sidecar.telemetry.facts import DeadLettered, Facts, Settled
 from sidecar.wire.timestamps import now_ns
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Hashable, Sequence
 
     from sidecar.config import Subscription as Settings
     from sidecar.delivery.deadletters import DeadLetters
@@ -133,6 +133,10 @@ class Subscription:
         if self._why_not != error.message:
             log.warning("subscription %s: %s", self.settings.name, error.message)
             self._why_not = error.message
+        if not error.retryable:
+            # It may come right by itself (a topic is made), but the app should know that it waits.
+            for consumer in list(self.consumers):
+                consumer.closed(error)
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep, but not into a drain."""
@@ -153,6 +157,7 @@ class Subscription:
     async def _serve(self, source: Source) -> SidecarError | None:
         """Work with *source* until nobody consumes, it is lost (the error), or we drain."""
         self._source = source
+        source.on_revoked = self._revoked
         self._why_not = ""
         lost: SidecarError | None = None
         try:
@@ -283,6 +288,13 @@ class Subscription:
         self._acks.clear()
         self.window.clear()
 
+    def _revoked(self, identities: Sequence[Hashable]) -> None:
+        """Another sidecar has these now; what the app still does with them does not count."""
+        self.window.revoke(identities)
+        self._used = True
+        self._wake.set()
+        self._dispatch_soon()
+
     def drain(self) -> None:
         """Fetch and hand over no more. `run` ends when what is out is settled; cancel it in time."""
         self._stop.set()
@@ -357,14 +369,23 @@ class Subscription:
                 taken = window.take(
                     min(consumer.credit, consumer.max_batch, share), consumer, lease_end
                 )
-                if taken:
-                    consumer.credit -= len(taken)
-                    consumer.deliver([_delivery(held) for held in taken])
+                deliveries = [_delivery(held) for held in taken if not self._was_the_last(held)]
+                if deliveries:
+                    consumer.credit -= len(deliveries)
+                    consumer.deliver(deliveries)
             # A pull takes one batch, so it has no credit left, whatever it got.
             hungry = [consumer for consumer in hungry if consumer.credit > 0]
         self._arm()
         if window.room:
             self._wake.set()
+
+    def _was_the_last(self, held: Held) -> bool:
+        """It had its last delivery before, and its dead letter was not stored then: store it now."""
+        if not used_up(held.attempt - 1, self.settings.retry):
+            return False
+        held.attempt -= 1
+        self._bury(held, "attempts_exhausted", "its dead letter was not stored the first time")
+        return True
 
     def _arm(self) -> None:
         """One timer, for the earliest lease or retry."""
@@ -470,6 +491,8 @@ class Subscription:
         policy = self.settings.retry
         if not held.first_failed:
             held.first_failed = now_ns()
+        if not uncounted and self._source is not None:
+            self._source.failed(held.incoming.handle, held.attempt)
         if not uncounted and used_up(held.attempt, policy):
             self._bury(held, reason, error)
             return

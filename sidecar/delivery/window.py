@@ -31,8 +31,8 @@ class State(enum.Enum):
 class Past(NamedTuple):
     """What is remembered of an event that went back to the broker, for when it comes here again."""
 
-    uncounted: int
-    """To add to the broker's count of deliveries; mostly negative."""
+    attempts: int
+    """Deliveries that failed."""
     first_failed: int
     retry_at: float
     """Loop time; 0: it did not wait for one."""
@@ -165,7 +165,7 @@ class Window:
             past = self._past.get(identity, NOTHING)
         event = incoming.event
         key = event.key if self._ordered and event is not None else ""
-        held = Held(incoming, key, max(0, incoming.delivered - 1 + past.uncounted))
+        held = Held(incoming, key, max(incoming.attempts, past.attempts))
         held.first_failed = past.first_failed
         self._held[id(held)] = held
         if identity is not None:
@@ -286,8 +286,8 @@ class Window:
         Forget what is here, oldest first, so that the broker gets it back; no attempt is counted.
 
         *but* in these states nothing is given back, nor what waits behind it: another sidecar
-        would hand that over first. Where an event comes here again, its attempts are known (the
-        broker counts this time, too) and the wait for its retry goes on.
+        would hand that over first. Where an event comes here again, its attempts are known, also
+        if the broker could not keep them, and the wait for its retry goes on.
         """
         given = [held for held in self._held.values() if self._first(held).state not in but]
         if not given:
@@ -303,6 +303,25 @@ class Window:
         self._lanes = {key: lane for key, lane in self._lanes.items() if lane[0].state in but}
         self.stuck = sum(self._first(held).failing for held in self._held.values())
         return given
+
+    def revoke(self, identities: Iterable[Hashable]) -> None:
+        """These are another sidecar's from now on: forget them, and their tokens are void."""
+        revoked = [held for i in identities if (held := self._identities.pop(i, None)) is not None]
+        if not revoked:
+            return
+        for held in revoked:
+            self._leave_state(held)
+            del self._held[id(held)]
+        self._ready = deque(held for held in self._ready if self.holds(held))
+        lanes, self._lanes = self._lanes, {}
+        for key, lane in lanes.items():
+            left = deque(held for held in lane if self.holds(held))
+            if left:
+                self._lanes[key] = left
+                if left[0].state is State.WAITING:
+                    left[0].state = State.READY
+                    self._ready.append(left[0])
+        self.stuck = sum(self._first(held).failing for held in self._held.values())
 
     # -- time
 
@@ -413,8 +432,7 @@ class Window:
         if identity is not None:
             counted = held.attempt - (held.state is State.OUT)
             retry_at = held.due if held.state is State.RETRY else 0.0
-            uncounted = counted - held.incoming.delivered
-            self._past.put(identity, Past(uncounted, held.first_failed, retry_at))
+            self._past.put(identity, Past(counted, held.first_failed, retry_at))
 
 
 def handles(held: Iterable[Held]) -> list[Hashable]:

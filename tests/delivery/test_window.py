@@ -23,9 +23,9 @@ def window(*, max_in_flight: int = 256, ordered: bool = True) -> Window:
     return Window(ordered=ordered, max_in_flight=max_in_flight, token_prefix=PREFIX)
 
 
-def incoming(sequence: int, key: str = "", *, delivered: int = 1) -> Incoming:
+def incoming(sequence: int, key: str = "", *, attempts: int = 0) -> Incoming:
     event = Event(id=str(sequence), source="/shop", type="order.created", time_ns=1, key=key)
-    return Incoming("orders", sequence, sequence, event, delivered=delivered)
+    return Incoming("orders", sequence, sequence, event, attempts=attempts)
 
 
 def garbage(sequence: int) -> Incoming:
@@ -121,9 +121,9 @@ def test_what_a_leaving_consumer_gives_back_is_first_in_line_again() -> None:
 # -- attempts
 
 
-def test_the_broker_says_how_often_it_was_delivered_before() -> None:
+def test_the_broker_says_how_often_it_failed_before() -> None:
     lanes = window()
-    arrive(lanes, incoming(1, delivered=3))
+    arrive(lanes, incoming(1, attempts=2))
 
     assert [held.attempt for held in take(lanes)] == [3]
 
@@ -150,30 +150,15 @@ def test_what_is_given_back_by_a_consumer_was_no_attempt() -> None:
     assert [held.attempt for held in take(lanes)] == [1]
 
 
-def test_attempts_are_known_again_when_an_event_given_back_to_the_broker_returns() -> None:
-    """Its count is one more for each time it was handed to us, whether the app saw it or not."""
+def test_a_revoked_event_is_forgotten_and_its_lane_moves_on() -> None:
     lanes = window()
-    arrive(lanes, incoming(1, "seen twice"), incoming(2, "never seen"))
-    first, second = take(lanes)
-    lanes.back(second)
-    lanes.retry(first, 1.0)
-    lanes.due(1.0)
-    lanes.take(2, "app", LEASE)
-    lanes.give_back()
-    lanes.arrived(incoming(1, delivered=2))
-    lanes.arrived(incoming(2, delivered=2))
+    first, _, _ = arrive(lanes, incoming(1, "a"), incoming(2, "a"), incoming(3, "b"))
+    take(lanes)
+    lanes.revoke([1, 3])
 
-    # The second attempt of the first one was interrupted, so it is had again.
-    assert {held.incoming.identity: held.attempt for held in take(lanes)} == {1: 2, 2: 1}
-
-
-def test_what_another_sidecar_did_with_an_event_in_between_counts() -> None:
-    lanes = window()
-    arrive(lanes, incoming(1))
-    lanes.give_back()
-    arrive(lanes, incoming(1, delivered=3))
-
-    assert [held.attempt for held in take(lanes)] == [2]
+    assert lanes.find(first.token) is None
+    assert sequences(take(lanes)) == [2]
+    assert len(lanes) == 1
 
 
 def test_the_wait_for_a_retry_goes_on_when_an_event_given_back_returns() -> None:
@@ -182,7 +167,7 @@ def test_the_wait_for_a_retry_goes_on_when_an_event_given_back_returns() -> None
     (first,) = take(lanes)
     lanes.retry(first, 5.0)
     lanes.give_back()
-    arrive(lanes, incoming(1, "a", delivered=2), incoming(2, "a", delivered=2))
+    arrive(lanes, incoming(1, "a", attempts=1), incoming(2, "a"))
     early, due = take(lanes), lanes.next_time()
     lanes.due(5.0)
 
@@ -197,7 +182,7 @@ def test_an_event_that_is_here_already_is_not_here_twice() -> None:
     """Its broker's claim ran out: the new handle is the one that is good now."""
     lanes = window()
     (held,) = arrive(lanes, incoming(1, "a"))
-    again = incoming(1, "a", delivered=2)
+    again = incoming(1, "a", attempts=1)
 
     assert lanes.arrived(again) is None
     assert held.incoming is again

@@ -54,7 +54,8 @@ class Windows(RuleBasedStateMachine):
         self.delivered[sequence] += 1
         delivered = self.delivered[sequence]
         event = Event(id=str(sequence), source="/s", type="t", time_ns=1, key=self.keys[sequence])
-        return Incoming("t", (sequence, delivered), sequence, event, delivered=delivered)
+        attempts = self.counted.get(sequence, 0)
+        return Incoming("t", (sequence, delivered), sequence, event, attempts=attempts)
 
     @precondition(lambda self: self.at_broker and self.window.room)
     @rule(count=st.integers(1, 8))
@@ -62,8 +63,7 @@ class Windows(RuleBasedStateMachine):
         for _ in range(min(count, self.window.room, len(self.at_broker))):
             sequence = self.at_broker.pop(0)
             incoming = self._incoming(sequence)
-            # Known for good as long as this window lives; else it is what the broker says.
-            self.counted.setdefault(sequence, incoming.delivered - 1)
+            self.counted.setdefault(sequence, 0)
             held = self.window.arrived(incoming)
             assert held is not None
             self.here[sequence] = held

@@ -116,5 +116,5 @@ async def serving(app: App, path: Path, **bounds: Any) -> AsyncIterator[Served]:
 
 async def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+        while not condition():
             await asyncio.sleep(0.002)

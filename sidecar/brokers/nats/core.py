@@ -6,6 +6,8 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, ClassVar
 
+import msgspec
+
 from sidecar.broker import Broker, Capabilities, Incoming, Interest, Source
 from sidecar.brokers.nats.connection import Connection
 from sidecar.brokers.nats.publisher import too_large
@@ -261,6 +263,12 @@ class NatsSource(Source):
     def ack(self, handles: Sequence[Hashable]) -> None:
         for handle in handles:
             self._held.pop(handle, None)
+
+    def failed(self, handle: Hashable, attempts: int) -> None:
+        """Known in this process only; it is the only one that has the event."""
+        incoming = self._held.get(handle)
+        if incoming is not None:
+            self._held[handle] = msgspec.structs.replace(incoming, attempts=attempts)
 
     def release(self, handles: Sequence[Hashable]) -> None:
         """Back into our own buffer: there is no other place."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sidecar.broker import Broker, Capabilities, Interest, Source, Start
+from sidecar.brokers.nats.attempts import Attempts
 from sidecar.brokers.nats.connection import Connection
 from sidecar.brokers.nats.publisher import ANSWER_SECONDS, StreamPublisher
 from sidecar.brokers.nats.source import Feed, StreamSource
@@ -60,6 +61,7 @@ class JetStreamBroker(Broker):
         self._settings = settings
         self._connection = Connection(settings, client_name=client_name, embedded=embedded)
         self._connection.on_state = lambda state: self.on_state(state)  # noqa: PLW0108 - set later
+        self._attempts = Attempts(self._connection)
         self._publisher = StreamPublisher(
             name,
             self._connection,
@@ -210,6 +212,7 @@ class JetStreamBroker(Broker):
             self._connection,
             interest,
             feeds,
+            attempts=self._attempts,
             more=more if _spans_streams(interest.topic) else None,
         )
         await source.open()

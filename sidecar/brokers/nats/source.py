@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from sidecar.broker import Incoming, Interest, Source
 from sidecar.errors import (
     BrokerRefused,
@@ -24,6 +26,7 @@ from sidecar.wire.cloudevents import Defaults
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
+    from sidecar.brokers.nats.attempts import Attempts
     from sidecar.brokers.nats.connection import Connection, OnMessage
 
 log = logging.getLogger(__name__)
@@ -51,13 +54,15 @@ More = Callable[[Collection[str]], Awaitable[Sequence["Feed"]]]
 class Feed:
     """One consumer of one stream: what was asked of it, and what it still owes."""
 
-    __slots__ = ("ack_wait", "consumer", "created", "owed", "stream", "subject")
+    __slots__ = ("ack_wait", "consumer", "created", "life", "owed", "stream", "subject")
 
     def __init__(self, stream: str, consumer: str, created: str, ack_wait: float) -> None:
         """*created* tells this consumer from a later one of its name; *ack_wait* is in seconds."""
         self.stream = stream
         self.consumer = consumer
         self.created = created
+        self.life = "".join(c for c in created if c.isalnum())
+        """The same as one token of a subject."""
         self.ack_wait = ack_wait
         self.subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
         self.owed = 0
@@ -77,9 +82,11 @@ class StreamSource(Source):
         interest: Interest,
         feeds: Sequence[Feed],
         *,
+        attempts: Attempts,
         more: More | None,
     ) -> None:
         """*more*: asked when a stream was made, for a topic that may touch it."""
+        self._attempts = attempts
         self._connection = connection
         self._interest = interest
         self._feeds = list(feeds)
@@ -146,7 +153,35 @@ class StreamSource(Source):
         taken = [self._buffer.popleft() for _ in range(count)]
         if count < limit:
             self._ask(limit - count)
-        return [self._incoming(*frame) for frame in taken]
+        incoming = [self._incoming(*frame) for frame in taken]
+        if any(one.attempts for one in incoming):
+            try:
+                return await self._with_attempts(incoming)
+            except BaseException:  # cancelled: the next fetch has them
+                self._buffer.extendleft(reversed(taken))
+                raise
+        return incoming
+
+    async def _with_attempts(self, incoming: Sequence[Incoming]) -> list[Incoming]:
+        """
+        What failed before, and how often.
+
+        The server's delivery count says which to look up, and no more: it also counts what was
+        fetched and given back unseen.
+        """
+        again = {one.identity: _place(one) for one in incoming if one.attempts}
+        found = await self._attempts.look_up([self._key_of(place) for place in again.values()])
+        return [
+            msgspec.structs.replace(one, attempts=found.get(self._key_of(again[one.identity]), 0))
+            if one.identity in again
+            else one
+            for one in incoming
+        ]
+
+    def _key_of(self, place: tuple[str, int]) -> str:
+        stream, sequence = place
+        feed = self._by_stream[stream.encode()]
+        return f"{stream}.{feed.consumer}.{feed.life}.{sequence}"
 
     async def _arrival(self, seconds: float) -> bool:
         """Wait for anything that happens, for so long at most."""
@@ -334,7 +369,7 @@ class StreamSource(Source):
             identity=(stream, sequence),
             event=event,
             position=Position(stream, sequence),
-            delivered=int(tokens[first + 2]),
+            attempts=int(tokens[first + 2]) - 1,
             problem=problem,
             raw=b"" if event is not None else data,
         )
@@ -343,6 +378,14 @@ class StreamSource(Source):
 
     def ack(self, handles: Sequence[Hashable]) -> None:
         self._answer(handles, b"+ACK")
+
+    def failed(self, handle: Hashable, attempts: int) -> None:
+        assert isinstance(handle, bytes)
+        tokens = handle.split(b".")
+        first = 2 if len(tokens) == _V1_TOKENS else 4
+        place = (tokens[first].decode(), int(tokens[first + 3]))
+        if tokens[first] in self._by_stream:
+            self._attempts.record(self._key_of(place), attempts)
 
     def release(self, handles: Sequence[Hashable]) -> None:
         self._answer(handles, b"-NAK")
@@ -403,6 +446,12 @@ class StreamSource(Source):
         self.release([frame[1] for frame in self._buffer])
         self._buffer.clear()
         await connection.flushed(_CLOSE_SECONDS)
+
+
+def _place(incoming: Incoming) -> tuple[str, int]:
+    position = incoming.position
+    assert position is not None
+    return position.stream, position.sequence
 
 
 def _pending_messages(headers: bytes) -> int | None:
