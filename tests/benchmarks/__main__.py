@@ -22,7 +22,7 @@ STARTS = "start"
 
 
 def main() -> int:
-    """Run what was asked for; exit 1 when a budget is not met, 2 for wrong arguments."""
+    """Run what was asked for; exit 1 when a budget is not met or a load failed, 2 for wrong arguments."""
     arguments = _arguments()
     effort = measure.QUICK if arguments.quick else measure.FULL
     with TARGETS[arguments.target]() as target:
@@ -34,10 +34,14 @@ def main() -> int:
 
 def _measure(target: Target, effort: measure.Effort, arguments: argparse.Namespace) -> int:
     only: list[str] = arguments.only
-    results = []
+    results, failed = [], False
     for bench in _chosen(only):
         _tell(bench.title)
-        results.append(measure.run(bench, target, effort))
+        try:
+            results.append(measure.run(bench, target, effort))
+        except measure.RoundFailed as error:
+            _tell(f"FAILED: {error}")
+            failed = True
     started = []
     if not only or STARTS in only:
         started = measure.starts(target, effort, _tell)
@@ -54,7 +58,7 @@ def _measure(target: Target, effort: measure.Effort, arguments: argparse.Namespa
     parts = [f"{_machine(target)}; {effort.rounds} rounds of {effort.seconds:g} s; 1 KiB events"]
     parts += [as_text(table) for table in tables if len(table) > 1]
     sys.stdout.write("\n\n".join(parts) + "\n")
-    return 1 if any(row[-1] != "met" for row in budgets[1:]) else 0
+    return 1 if failed or any(row[-1] != "met" for row in budgets[1:]) else 0
 
 
 def _arguments() -> argparse.Namespace:

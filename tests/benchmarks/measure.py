@@ -26,6 +26,10 @@ TOPIC = "benchmarks.made"
 IDLE_SECONDS = 2.0
 
 
+class RoundFailed(Exception):
+    """A load got an answer that it should not get, or none at all: no figures then."""
+
+
 class Effort(NamedTuple):
     """How long and how often."""
 
@@ -57,12 +61,12 @@ class Starts(msgspec.Struct, frozen=True):
 
 
 def run(bench: Bench, target: Target, effort: Effort) -> Result:
-    """The rounds of *bench*, on a sidecar of its own."""
+    """The rounds of *bench*, each on a new sidecar: what one leaves behind is no load of the next."""
     raw, ours = [], []
-    with SidecarProcess(target.config) as sidecar:
-        _prepare(bench, target, effort)
-        for number in range(effort.rounds):
-            raw.append(_round(bench, target, effort, number, None))
+    _prepare(bench, target, effort)
+    for number in range(effort.rounds):
+        raw.append(_round(bench, target, effort, number, None))
+        with SidecarProcess(target.config) as sidecar:
             ours.append(_round(bench, target, effort, number, sidecar))
     return Result(bench, raw, ours)
 
@@ -116,7 +120,7 @@ def _prepare(bench: Bench, target: Target, effort: Effort) -> None:
 def _round(
     bench: Bench, target: Target, effort: Effort, number: int, sidecar: SidecarProcess | None
 ) -> Sample:
-    """One round, of the raw client where there is no *sidecar*. Raises if anything failed in it."""
+    """One round, of the raw client where there is no *sidecar*. Raises RoundFailed if anything failed in it."""
     if bench.load != "consume":
         target.empty(TOPIC)
     sample = _load(
@@ -139,7 +143,9 @@ def _round(
         )
     )
     if sample.failures or not sample.events:
-        raise RuntimeError(f"{bench.name}: {sample.failures} failures, {sample.events} events")
+        raise RoundFailed(
+            f"{bench.name}: {sample.events} events, {sample.failures} failures: {sample.failure[:500]}"
+        )
     return sample
 
 

@@ -29,7 +29,8 @@ class Meter:
 
     def __init__(self, spec: Spec) -> None:
         self.events = 0
-        self.failures = 0
+        self._failures = 0
+        self._failure = ""
         self.stopping = False
         self.run_out = asyncio.Event()
         """Set by a load that has no more to do."""
@@ -37,6 +38,10 @@ class Meter:
         self._own = psutil.Process()
         self._watched = psutil.Process(spec.watched_pid) if spec.watched_pid else self._own
         self._broker = psutil.Process(spec.broker_pid)
+
+    def failed(self, count: int, why: str) -> None:
+        self._failures += count
+        self._failure = self._failure or why
 
     async def sample(self) -> Sample:
         """Warm up, then measure for the window, or until the load ran out."""
@@ -61,7 +66,8 @@ class Meter:
             broker_cpu_seconds=broker,
             other_cpu_seconds=max(0.0, end.machine - begin.machine - ours),
             rss_bytes=self._watched.memory_info().rss,
-            failures=self.failures,
+            failures=self._failures,
+            failure=self._failure,
         )
 
     def _now(self) -> _Moment:

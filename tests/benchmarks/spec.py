@@ -47,6 +47,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """Of the watched process, at the end of the window."""
     failures: int = 0
     """Answers that were no receipt. A sample with any is worth nothing."""
+    failure: str = ""
+    """What the first of them said."""
     p50_seconds: float | None = None
     p99_seconds: float | None = None
 

@@ -31,9 +31,11 @@ async def unary(spec: Spec) -> Sample:
     connection = await GrpcConnection.connect(spec.grpc_socket, PUBLISH)
     publish = UnaryPublish(connection, events.publish_request(ids, spec.topic))
 
-    def answered(good: int) -> None:
-        meter.events += good
-        meter.failures += not good
+    def answered(failure: str) -> None:
+        if failure:
+            meter.failed(1, failure)
+        else:
+            meter.events += 1
         if not meter.stopping and connection.lost is None:
             publish.start(ids.take(1), answered)
 
@@ -50,15 +52,16 @@ class UnaryPublish:
         self._connection = connection
         self._template = template
 
-    def start(self, holes: tuple[int, ...], answered: Callable[[int], None]) -> None:
-        """*answered* gets the number of receipts: one, or none."""
-        good = 0
+    def start(self, holes: tuple[int, ...], answered: Callable[[str], None]) -> None:
+        """*answered* gets what failed: nothing, when there was a receipt."""
+        failure = "ended without a response"
 
         def on_message(message: bytes) -> None:
-            nonlocal good
-            good = receipts(pb.PublishResponse.FromString(message))
+            nonlocal failure
+            response = pb.PublishResponse.FromString(message)
+            failure = "" if receipts(response) else str(response)
 
-        call = self._connection.call(on_message, lambda: answered(good))
+        call = self._connection.call(on_message, lambda: answered(failure))
         call.send(self._template % holes, end=True)
 
 
@@ -75,9 +78,11 @@ async def stream(spec: Spec) -> Sample:
     call: Call
 
     def on_message(message: bytes) -> None:
-        good = receipts(pb.PublishStreamResponse.FromString(message))
+        response = pb.PublishStreamResponse.FromString(message)
+        good = receipts(response)
         meter.events += good
-        meter.failures += spec.batch - good
+        if good < spec.batch:
+            meter.failed(spec.batch - good, str(response))
         if not meter.stopping:
             call.send(template % ids.take(spec.batch))
 
@@ -98,7 +103,8 @@ async def consume(spec: Spec) -> Sample:
     def on_message(message: bytes) -> None:
         response = pb.SubscribeResponse.FromString(message)
         count = len(response.deliveries)
-        meter.failures += len(response.rejected_settlements)
+        if response.rejected_settlements:
+            meter.failed(len(response.rejected_settlements), str(response.rejected_settlements[0]))
         if not count:
             return
         meter.events += count

@@ -49,9 +49,10 @@ async def _load(
         return None if meter.stopping else template % ids.take(1)
 
     def answered(status: bytes, body: bytes) -> None:
-        good = status == b"200" and is_receipt(body)
-        meter.events += good
-        meter.failures += not good
+        if status == b"200" and is_receipt(body):
+            meter.events += 1
+        else:
+            meter.failed(1, f"{status.decode()} {body!r}")
 
     loop = asyncio.get_running_loop()
     for _ in range(spec.callers):

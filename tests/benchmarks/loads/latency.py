@@ -87,8 +87,9 @@ async def latency(spec: Spec) -> Sample:
         publish.start(ids.take(1), answered)
         publishing.flush()
 
-    def answered(good: int) -> None:
-        meter.failures += not good
+    def answered(failure: str) -> None:
+        if failure:
+            meter.failed(1, failure)
 
     clock = Clock(send)
 

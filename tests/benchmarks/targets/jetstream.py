@@ -58,9 +58,10 @@ async def _publish(spec: Spec) -> Sample:
     publisher = _Publisher(client, spec.topic)
 
     def answered(future: asyncio.Future[Any]) -> None:
-        failed = future.cancelled() or future.exception() is not None
-        meter.events += not failed
-        meter.failures += failed
+        if error := future.exception():
+            meter.failed(1, repr(error))
+        else:
+            meter.events += 1
 
     async with asyncio.TaskGroup() as tasks:
         sampling = tasks.create_task(meter.sample())
@@ -117,7 +118,8 @@ async def _latency(spec: Spec) -> Sample:
     tasks: set[asyncio.Task[None]] = set()
 
     def answered(future: asyncio.Future[Any]) -> None:
-        meter.failures += future.exception() is not None
+        if error := future.exception():
+            meter.failed(1, repr(error))
 
     def send(_number: int) -> None:
         task = loop.create_task(publisher.publish(answered))
