@@ -109,6 +109,7 @@ class Source(ABC):
     def ack(self, handles: Sequence[Hashable]) -> None:
         """These events are done; the broker need not keep them for this subscription."""
 
+    @abstractmethod
     def failed(self, handle: Hashable, attempts: int) -> None:
         """
         A delivery of this event failed; *attempts* have so far. It will be handed out again.
