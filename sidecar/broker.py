@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
+from sidecar.event import pattern_matcher
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
-    from sidecar.event import Durability, Event, Outcome, Position, pattern_matcher
+    from sidecar.event import Durability, Event, Outcome, Position
 
 
 class Capabilities(msgspec.Struct, frozen=True):

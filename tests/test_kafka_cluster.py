@@ -15,13 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
-
-# Documented there, and not declared as exported.
-from confluent_kafka.admin import (
-    AdminClient,
-    ConfigResource,
-    ResourceType,
-)
+from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType
 
 from tests.support.kafka import KafkaCluster, require
 from tests.support.kafka_jars.settings import LARGEST_BYTES, Mechanism

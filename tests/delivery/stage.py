@@ -99,6 +99,9 @@ class _GarblingSource(Source):
     def ack(self, handles: Sequence[Hashable]) -> None:
         self._inner.ack(handles)
 
+    def failed(self, handle: Hashable, attempts: int) -> None:
+        self._inner.failed(handle, attempts)
+
     def release(self, handles: Sequence[Hashable]) -> None:
         self._inner.release(handles)
 
