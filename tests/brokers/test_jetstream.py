@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from sidecar.broker import Interest, Start
 from sidecar.brokers.nats.jetstream import JetStreamBroker
+from sidecar.brokers.nats.source import StreamSource
 from sidecar.config import JetStream
 from sidecar.errors import (
     BrokerRefused,
@@ -438,6 +440,59 @@ async def test_a_consumer_that_allows_less_than_we_ask_says_so(nats_server: Nats
                 await source.fetch(100)
 
 
+# -- answers
+
+
+async def test_an_answer_that_the_consumer_does_not_know_ends_no_book_keeping(
+    nats_server: NatsServer,
+) -> None:
+    """
+    Killed, a server forgets what it delivered last, and says nothing of acks for it.
+
+    The next answers are confirmed all the same, and what waits for that does not grow for ever.
+    """
+    async with broker_on(nats_server) as broker:
+        await publish(broker, "orders.created", events(range(50)))
+        source = await broker.subscribe(interest("orders.created"))
+        assert isinstance(source, StreamSource)
+        taken = await take(source, 50)
+        unknown = re.sub(rb"\.\d+\.\d+\.(\d+)\.(\d+)$", rb".999.999.\1.\2", handles(taken)[0])
+        source.ack([unknown])
+
+        def confirmed() -> bool:
+            if source._asked_at is not None:
+                source.hold(handles(taken))
+            return source._asked_at is None
+
+        await until(confirmed, seconds=8)
+        source.ack(handles(taken))
+        await until(lambda: not source._unread)
+        lag = await source.lag()
+
+    assert unknown not in handles(taken)
+    assert lag == 0
+
+
+async def test_a_release_is_not_repeated_after_a_reconnect(nats_server: NatsServer) -> None:
+    """By then another sidecar may have the event: it would be taken from it. An ack is."""
+    wanted = interest("orders.created")
+    async with broker_on(nats_server) as broker, broker_on(nats_server) as other:
+        await publish(broker, "orders.created", events(range(2)))
+        source = await broker.subscribe(wanted)
+        first, second = handles(await take(source, 2))
+        nats_server.pause()
+        source.release([first])
+        source.ack([second])
+        assert isinstance(source, StreamSource)
+        kept = b"".join(source._unread)
+        nats_server.resume()
+        again = await take(await other.subscribe(wanted), 1)
+
+    assert second in kept
+    assert first not in kept
+    assert ids(again) == ["0"]
+
+
 # -- patterns over several streams
 
 
@@ -470,6 +525,28 @@ async def test_a_stream_that_is_made_later_is_part_of_the_pattern(
         taken = fetching.result()
 
     assert sorted(ids(taken), key=int) == numbers(30)
+
+
+async def test_what_nats_keeps_for_others_is_not_topics(nats_server: NatsServer) -> None:
+    """A key-value bucket is a stream, and so is where failed deliveries are recorded."""
+    bucket = {"name": "KV_theirs", "subjects": ["$KV.theirs.>"], "max_msgs_per_subject": 1}
+    await ask(nats_server, "STREAM.CREATE.KV_theirs", bucket)
+    async with broker_on(nats_server) as broker:
+        await publish(broker, "orders.created", events(range(3)))
+        source = await broker.subscribe(interest(">"))
+        taken = await take(source, 3)
+        source.failed(taken[0].handle, 1)
+        await publish(broker, "orders.created", [event("3")])
+        taken += await take(source, 1)
+
+        async def recorded() -> bool:
+            return "KV_sidecar-attempts" in (await ask(nats_server, "STREAM.NAMES"))["streams"]
+
+        await until(recorded)
+        await publish(broker, "returns.created", [event("4")])
+        taken += await take(source, 1)
+
+    assert ids(taken) == numbers(5)
 
 
 async def test_with_room_for_one_no_stream_starves(nats_server: NatsServer) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import nats
 import pytest
 
 from sidecar.broker import Start
@@ -121,6 +122,22 @@ async def test_nothing_is_kept_to_start_from(nats_server: NatsServer, start: Sta
     async with broker_on(nats_server) as broker:
         with pytest.raises(NotSupported, match="core NATS"):
             await broker.subscribe(interest("topic", start=start))
+
+
+async def test_a_pattern_of_everything_leaves_out_what_nats_says_to_itself(
+    nats_server: NatsServer,
+) -> None:
+    """Requests to JetStream, their answers and acknowledgements are messages of the account, too."""
+    async with broker_on(nats_server) as broker:
+        source = await broker.subscribe(interest(">"))
+        client = await nats.connect(nats_server.url)
+        await client.jetstream().add_stream(name="orders", subjects=["orders.>"])
+        await client.jetstream().publish("orders.created", b"theirs")
+        await client.close()
+        await publish(broker, "orders.created", [event("ours")])
+        taken = await take(source, 2)
+
+    assert [i.topic for i in taken] == ["orders.created"] * 2
 
 
 @pytest.mark.parametrize("mode", ["binary", "structured"])

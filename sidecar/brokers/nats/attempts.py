@@ -44,7 +44,9 @@ class Attempts:
             self._flush()
         elif not self._making and self._connection.live:
             self._making = True
-            self._connection.ask(f"$JS.API.STREAM.CREATE.{STREAM}", _BUCKET, self._on_made, seconds=5)
+            self._connection.ask(
+                f"$JS.API.STREAM.CREATE.{STREAM}", _BUCKET, self._on_made, seconds=5
+            )
 
     def _on_made(self, answer: dict[str, Any] | SidecarError) -> None:
         self._making = False

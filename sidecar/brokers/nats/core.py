@@ -211,7 +211,9 @@ class NatsSource(Source):
     async def open(self) -> None:
         self._connection.on_closed.append(self._end)
         self._key = await self._connection.subscribe(
-            self._interest.topic, self._on_frame, queue=self._interest.name
+            self._interest.topic,
+            self._on_any_frame if self._interest.topic[0] in "*>" else self._on_frame,
+            queue=self._interest.name,
         )
         # Who publishes on another connection from now on is to be heard.
         await self._connection.flushed(_FLUSH_SECONDS)
@@ -219,6 +221,13 @@ class NatsSource(Source):
     @property
     def dropped(self) -> int:
         return self._dropped
+
+    def _on_any_frame(
+        self, subject: bytes, reply: bytes, headers: bytes | None, data: bytes
+    ) -> None:
+        """A pattern that begins with a wildcard matches what NATS says to itself, too."""
+        if not subject.startswith((b"$", b"_INBOX.")):
+            self._on_frame(subject, reply, headers, data)
 
     def _on_frame(self, subject: bytes, _reply: bytes, headers: bytes | None, data: bytes) -> None:
         if len(self._buffer) >= self._capacity:

@@ -33,6 +33,8 @@ _SECOND = 1_000_000_000
 STREAM_MISSING, STREAM_EXISTS = 10059, 10058
 CONSUMER_MISSING, CONSUMER_EXISTS = 10014, 10148
 """JetStream's error codes, as in nats-server's errors.json."""
+_NOT_TOPICS = ("KV_", "OBJ_", "$MQTT_")
+"""How the streams begin that NATS keeps for others; our attempts are in one."""
 
 
 class JetStreamBroker(Broker):
@@ -194,7 +196,7 @@ class JetStreamBroker(Broker):
         answer = await self._call("STREAM.NAMES", {"subject": topic})
         if "error" in answer:
             raise self._refused("JetStream's streams cannot be looked up", answer)
-        return sorted(answer.get("streams") or [])
+        return sorted(s for s in answer.get("streams") or [] if not s.startswith(_NOT_TOPICS))
 
     # -- subscriptions
 

@@ -41,8 +41,11 @@ _NO_WAIT_SECONDS = 30
 _NOT_FOUND = 404
 _ADVISORY = "$JS.EVENT.ADVISORY"
 
+_ACK = b"+ACK"
 _TAKEN = "t"
 """Begins the last token of a reply subject by which a consumer says that it took our answers."""
+_TAKEN_SECONDS = 2.0
+"""Not answered for so long, it is asked again."""
 _V1_TOKENS = 9
 """Tokens of `$JS.ACK.<stream>.<consumer>.…`; since v2 a domain and an account hash come first."""
 
@@ -98,7 +101,10 @@ class StreamSource(Source):
         self._unsent: list[bytes] = []
         self._unread: list[bytes] = []
         """Answers that were written, and that the consumer may not have taken."""
-        self._confirming = False
+        self._taken = 0
+        """How many of all answers were taken: those before the first of `_unread`."""
+        self._asked_at: float | None = None
+        """When the consumer was asked what it took; None: not since it last said so."""
         self._life = 0
         """Which connection: what was taken from an old one says nothing of this."""
         self._last_heard = 0.0
@@ -335,7 +341,7 @@ class StreamSource(Source):
     def _on_live(self) -> None:
         unsent = [*self._unread, *self._unsent]
         self._unread, self._unsent = [], []
-        self._confirming = False
+        self._asked_at = None
         self._life += 1
         if unsent:
             self._connection.write(b"".join(unsent))
@@ -377,7 +383,7 @@ class StreamSource(Source):
     # -- settling
 
     def ack(self, handles: Sequence[Hashable]) -> None:
-        self._answer(handles, b"+ACK")
+        self._answer(handles, _ACK)
 
     def failed(self, handle: Hashable, attempts: int) -> None:
         assert isinstance(handle, bytes)
@@ -401,25 +407,33 @@ class StreamSource(Source):
         if not frames:
             return
         plain = b"".join(frames)
-        if not self._confirming and len(self._feeds) == 1:
+        now = asyncio.get_running_loop().time()
+        # Non-obvious: it says nothing of an answer whose delivery it forgot when it was killed.
+        silent = self._asked_at is None or now - self._asked_at > _TAKEN_SECONDS
+        if silent and len(self._feeds) == 1:
             # Non-obvious: a consumer takes its answers one after the other, so its reply to the
             # last one says that it took them all. A PONG would only say that they were read.
-            reply = f"{self._inbox}.{_TAKEN}{self._life}-{len(self._unread) + 1}".encode()
+            count = self._taken + len(self._unread) + 1
+            reply = f"{self._inbox}.{_TAKEN}{self._life}-{count}".encode()
+            self._asked_at = now
             frames[-1] = b"PUB %b %b 4\r\n%b\r\n" % (handles[-1], reply, verb)  # type: ignore[str-format]
         if not self._connection.write(b"".join(frames)):
             # Bounded by what the subscription holds: each event is answered once.
             self._unsent.append(plain)
             return
         if len(self._feeds) == 1:
-            self._unread.append(plain)
-            self._confirming = True
+            # Only an ack is good at any time: a release that comes late takes the event from the
+            # one who has it by then.
+            self._unread.append(plain if verb == _ACK else b"")
 
     def _on_taken(self, token: bytes) -> None:
         """The consumer took the first answers of `_unread`; they need not be written again."""
         life, _, count = token.removeprefix(_TAKEN.encode()).partition(b"-")
-        if int(life) == self._life:
-            del self._unread[: int(count)]
-            self._confirming = False
+        newly = int(count) - self._taken
+        if int(life) == self._life and newly > 0:
+            del self._unread[:newly]
+            self._taken += newly
+            self._asked_at = None
 
     async def lag(self) -> int | None:
         lag = len(self._buffer)
