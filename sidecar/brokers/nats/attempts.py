@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from sidecar.brokers.nats.connection import NobodyListens
 from sidecar.errors import BrokerUnavailable, SidecarError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from sidecar.brokers.nats.connection import Connection
+    from sidecar.brokers.nats.connection import Connection, OnAnswer
 
 log = logging.getLogger(__name__)
 
 STREAM = "KV_sidecar-attempts"
 SUBJECT = "$KV.sidecar-attempts"
 KEEP_SECONDS = 7 * 86400
+PAUSE_SECONDS = 0.5
+"""Before what could not be written is written again."""
 _SECOND = 1_000_000_000
 _EXISTS = 10058
 
@@ -34,57 +39,110 @@ class Attempts:
         self._connection = connection
         self._made = False
         self._making = False
-        self._waiting: dict[str, int] = {}
-        connection.on_live.append(self._flush)
+        self.waiting: dict[str, int] = {}
+        """Recorded, and not known to be stored yet. Bounded by what subscriptions hold."""
+        self._then: dict[str, list[Callable[[], None]]] = {}
+        connection.on_live.append(self._write_waiting)
 
     def record(self, key: str, attempts: int) -> None:
-        """Write now, without waiting; the bucket is made when the first one comes."""
-        self._waiting[key] = attempts
+        """Write without waiting; the bucket is made when the first one comes."""
+        self.waiting[key] = attempts
+        self._write([key])
+
+    def when_stored(self, key: str, then: Callable[[], None]) -> None:
+        """Call *then* once what was recorded of *key* is there for others; now if nothing waits."""
+        if key in self.waiting:
+            self._then.setdefault(key, []).append(then)
+        else:
+            then()
+
+    async def stored(self, seconds: float) -> None:
+        """Wait until everything is stored, for so long at most."""
+        all_of_it = asyncio.Event()
+        missing = set(self.waiting)
+
+        def one_more(key: str) -> None:
+            missing.discard(key)
+            if not missing:
+                all_of_it.set()
+
+        for key in list(missing):
+            self.when_stored(key, partial(one_more, key))
+        if missing:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await all_of_it.wait()
+
+    def _write_waiting(self) -> None:
+        if self.waiting:
+            self._write(list(self.waiting))
+
+    def _write(self, keys: Sequence[str]) -> None:
         if self._made:
-            self._flush()
-        elif not self._making and self._connection.live:
+            for key in keys:
+                answered = partial(self._on_stored, key, self.waiting[key])
+                self._ask(f"{SUBJECT}.{key}", self.waiting[key], answered)
+        elif not self._making:
             self._making = True
-            self._connection.ask(
-                f"$JS.API.STREAM.CREATE.{STREAM}", _BUCKET, self._on_made, seconds=5
-            )
+            self._ask(f"$JS.API.STREAM.CREATE.{STREAM}", _BUCKET, self._on_made)
+
+    def _ask(self, subject: str, payload: object, then: OnAnswer) -> None:
+        self._connection.ask(subject, payload, then, seconds=5)
 
     def _on_made(self, answer: dict[str, Any] | SidecarError) -> None:
         self._making = False
         if isinstance(answer, SidecarError):
-            return  # the next record asks again
+            self._try_later()
+            return
         error = answer.get("error", {})
-        if error.get("err_code", 0) not in {0, _EXISTS}:
-            log.warning("attempts are counted in this process only: %s", error.get("description"))
-            self._waiting.clear()
+        if error.get("err_code", 0) in {0, _EXISTS}:
+            self._made = True
+            self._write_waiting()
             return
-        self._made = True
-        self._flush()
+        log.warning("attempts are counted in this process only: %s", error.get("description"))
+        for key in list(self.waiting):
+            self._done(key)
 
-    def _flush(self) -> None:
-        if not self._made or not self._waiting:
+    def _on_stored(self, key: str, attempts: int, answer: dict[str, Any] | SidecarError) -> None:
+        if isinstance(answer, SidecarError):
+            self._made = False  # or somebody deleted it
+            self._try_later()
             return
-        frames = []
-        for key, attempts in self._waiting.items():
-            body = str(attempts)
-            frames.append(f"PUB {SUBJECT}.{key} {len(body)}\r\n{body}\r\n")
-        # Bounded: what cannot be written are the failures of one absence of the server.
-        if self._connection.write("".join(frames).encode()):
-            self._waiting.clear()
+        if "error" in answer:
+            log.warning("failures of %s are not recorded: %s", key, answer["error"])
+        if self.waiting.get(key) == attempts:  # else a later one is under way
+            self._done(key)
+
+    def _try_later(self) -> None:
+        """While it is not connected, on_live does it."""
+        if self._connection.live:
+            asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._write_waiting)
+
+    def _done(self, key: str) -> None:
+        del self.waiting[key]
+        for then in self._then.pop(key, ()):
+            then()
 
     async def look_up(self, keys: Sequence[str]) -> Mapping[str, int]:
-        """What is recorded of these; nothing where nothing is, or nobody answers."""
+        """What is recorded of these; 0 where nothing is. Raises BrokerUnavailable."""
         async with asyncio.TaskGroup() as tasks:
             asked = {key: tasks.create_task(self._one(key)) for key in keys}
-        return {key: task.result() for key, task in asked.items()}
+        found = {key: task.result() for key, task in asked.items()}
+        for answer in found.values():
+            if isinstance(answer, BrokerUnavailable):
+                raise answer
+        return {key: answer for key, answer in found.items() if isinstance(answer, int)}
 
-    async def _one(self, key: str) -> int:
-        if key in self._waiting:
-            return self._waiting[key]
+    async def _one(self, key: str) -> int | BrokerUnavailable:
+        if key in self.waiting:
+            return self.waiting[key]
         subject = f"$JS.API.DIRECT.GET.{STREAM}.{SUBJECT}.{key}"
         try:
             value: object = await self._connection.call(subject, seconds=2)
-        except BrokerUnavailable:
+        except NobodyListens:  # there is no bucket: nothing has failed so far
             return 0
+        except BrokerUnavailable as error:
+            return error
         return value if isinstance(value, int) else 0
 
 

@@ -30,6 +30,10 @@ NO_RESPONDERS = b"NATS/1.0 503"
 """How the headers begin when nobody listens on the subject that was published to."""
 
 
+class NobodyListens(BrokerUnavailable):
+    """The server said so at once: no JetStream, no such stream, or no leader right now."""
+
+
 class FrameParser(Parser):  # type: ignore[misc] # nats-py is untyped
     """
     nats-py's parser, five times as fast, for subscriptions that take raw frames.
@@ -406,7 +410,7 @@ class Connection:
     def _on_reply(self, subject: bytes, _reply: bytes, headers: bytes | None, data: bytes) -> None:
         number = int(subject.rpartition(b".")[2])
         if headers is not None and headers.startswith(NO_RESPONDERS):
-            nobody = BrokerUnavailable("JetStream does not answer: is it enabled on the server?")
+            nobody = NobodyListens("JetStream does not answer: is it enabled on the server?")
             self._answer(number, nobody)
         else:
             self._answer(number, json.loads(data) if data else {})

@@ -7,6 +7,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -36,12 +37,12 @@ HEARTBEAT_SECONDS = 5
 """The server says that a pull is alive this often; two missed ones and we ask again."""
 LOOK_PAUSE_SECONDS = 0.5
 
-_CLOSE_SECONDS = 0.9
+_CLOSE_SECONDS = 0.6
 _NO_WAIT_SECONDS = 30
 _NOT_FOUND = 404
 _ADVISORY = "$JS.EVENT.ADVISORY"
 
-_ACK = b"+ACK"
+_ACK, _NAK = b"+ACK", b"-NAK"
 _TAKEN = "t"
 """Begins the last token of a reply subject by which a consumer says that it took our answers."""
 _TAKEN_SECONDS = 2.0
@@ -142,44 +143,53 @@ class StreamSource(Source):
     # -- receiving
 
     async def fetch(self, limit: int) -> Sequence[Incoming]:
+        while True:
+            await self._wait_for_events(limit)
+            count = min(limit, len(self._buffer))
+            taken = [self._buffer.popleft() for _ in range(count)]
+            if count < limit:
+                self._ask(limit - count)
+            incoming = [self._incoming(*frame) for frame in taken]
+            if not any(one.attempts for one in incoming):
+                return incoming
+            try:
+                return await self._with_attempts(incoming)
+            except BaseException as error:  # the next fetch has them
+                self._buffer.extendleft(reversed(taken))
+                if not isinstance(error, BrokerUnavailable):
+                    raise
+            await self._arrival(LOOK_PAUSE_SECONDS)
+
+    async def _wait_for_events(self, limit: int) -> None:
+        """Return when the buffer has some. Raises why there will be none."""
         loop = asyncio.get_running_loop()
         self._last_heard = max(self._last_heard, loop.time())
         while True:
             if self._lost is not None:
                 raise self._lost
             if self._buffer:
-                break
+                return
             if self._doubtful and self._connection.live:
                 await self._look()
                 continue
             self._ask(limit)
             if not await self._arrival(2 * HEARTBEAT_SECONDS):
                 self._check_silence(loop.time())
-        count = min(limit, len(self._buffer))
-        taken = [self._buffer.popleft() for _ in range(count)]
-        if count < limit:
-            self._ask(limit - count)
-        incoming = [self._incoming(*frame) for frame in taken]
-        if any(one.attempts for one in incoming):
-            try:
-                return await self._with_attempts(incoming)
-            except BaseException:  # cancelled: the next fetch has them
-                self._buffer.extendleft(reversed(taken))
-                raise
-        return incoming
 
     async def _with_attempts(self, incoming: Sequence[Incoming]) -> list[Incoming]:
         """
-        What failed before, and how often.
+        What failed before, and how often. Raises BrokerUnavailable.
 
         The server's delivery count says which to look up, and no more: it also counts what was
         fetched and given back unseen.
         """
-        again = {one.identity: _place(one) for one in incoming if one.attempts}
-        found = await self._attempts.look_up([self._key_of(place) for place in again.values()])
+        again = {
+            one.handle: self._key_of(_place_of(one.handle)) for one in incoming if one.attempts
+        }
+        found = await self._attempts.look_up(list(again.values()))
         return [
-            msgspec.structs.replace(one, attempts=found.get(self._key_of(again[one.identity]), 0))
-            if one.identity in again
+            msgspec.structs.replace(one, attempts=found[again[one.handle]])
+            if one.handle in again
             else one
             for one in incoming
         ]
@@ -386,15 +396,22 @@ class StreamSource(Source):
         self._answer(handles, _ACK)
 
     def failed(self, handle: Hashable, attempts: int) -> None:
-        assert isinstance(handle, bytes)
-        tokens = handle.split(b".")
-        first = 2 if len(tokens) == _V1_TOKENS else 4
-        place = (tokens[first].decode(), int(tokens[first + 3]))
-        if tokens[first] in self._by_stream:
-            self._attempts.record(self._key_of(place), attempts)
+        self._attempts.record(self._key_of(_place_of(handle)), attempts)
 
     def release(self, handles: Sequence[Hashable]) -> None:
-        self._answer(handles, b"-NAK")
+        now = list(handles)
+        if self._attempts.waiting:
+            # Whoever gets an event next is to see how often it failed.
+            keys = {handle: self._key_of(_place_of(handle)) for handle in handles}
+            now = [handle for handle, key in keys.items() if key not in self._attempts.waiting]
+            for handle in keys.keys() - set(now):
+                release = partial(self._release_late, handle, self._life)
+                self._attempts.when_stored(keys[handle], release)
+        self._answer(now, _NAK)
+
+    def _release_late(self, handle: Hashable, life: int) -> None:
+        if life == self._life:  # else it may be another's by now
+            self._answer([handle], _NAK)
 
     def hold(self, handles: Sequence[Hashable]) -> None:
         if self._connection.live:
@@ -459,13 +476,16 @@ class StreamSource(Source):
                 await connection.unsubscribe(key, seconds=0)
         self.release([frame[1] for frame in self._buffer])
         self._buffer.clear()
+        await self._attempts.stored(_CLOSE_SECONDS)
         await connection.flushed(_CLOSE_SECONDS)
 
 
-def _place(incoming: Incoming) -> tuple[str, int]:
-    position = incoming.position
-    assert position is not None
-    return position.stream, position.sequence
+def _place_of(handle: Hashable) -> tuple[str, int]:
+    """Stream and sequence, from the reply subject of an event."""
+    assert isinstance(handle, bytes)
+    tokens = handle.split(b".")
+    first = 2 if len(tokens) == _V1_TOKENS else 4
+    return tokens[first].decode(), int(tokens[first + 3])
 
 
 def _pending_messages(headers: bytes) -> int | None:
