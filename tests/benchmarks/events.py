@@ -17,6 +17,7 @@ KEYS = 1000
 SOURCE = "/benchmarks"
 TYPE = "benchmark.happened"
 CONTENT_TYPE = "application/octet-stream"
+TIME = "2026-01-31T12:00:00.000000Z"
 _ID_HOLE, _ID = "#" * 10, b"%010d"
 _KEY_HOLE, _KEY = "@" * 3, b"%03d"
 
@@ -66,11 +67,18 @@ def cloudevents_request(ids: Ids, topic: str) -> bytes:
     return _template(head.replace(b"ce-id: ", b"ce-id: " + ids.prefix.encode() + b"-"))
 
 
-def nats_headers() -> Mapping[str, str]:
-    """The headers of the same event in the NATS binding, but its id, key and Nats-Msg-Id."""
-    headers = _ce_headers()
-    del headers["ce-id"], headers["ce-partitionkey"]
-    return {**headers, "ce-datacontenttype": CONTENT_TYPE}
+def nats_headers(event_id: str, key: str) -> dict[str, str]:
+    """The headers of the same event in the NATS binding, as the sidecar writes them."""
+    return {
+        "Nats-Msg-Id": f"{len(SOURCE)}:{SOURCE}:{event_id}",
+        "ce-specversion": "1.0",
+        "ce-id": event_id,
+        "ce-source": SOURCE,
+        "ce-type": TYPE,
+        "ce-datacontenttype": CONTENT_TYPE,
+        "ce-time": TIME,
+        "ce-partitionkey": key,
+    }
 
 
 def _ce_headers() -> dict[str, str]:
@@ -79,7 +87,7 @@ def _ce_headers() -> dict[str, str]:
         "ce-id": _ID_HOLE,
         "ce-source": SOURCE,
         "ce-type": TYPE,
-        "ce-time": "2026-01-31T12:00:00.000000Z",
+        "ce-time": TIME,
         "ce-partitionkey": _KEY_HOLE,
     }
 

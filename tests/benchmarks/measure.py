@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 TOPIC = "benchmarks.made"
 IDLE_SECONDS = 2.0
+QUIET_CORES = 0.25
+"""A round counts when everything else on the machine took less; if none does, all count."""
 
 
 class RoundFailed(Exception):
@@ -45,11 +47,13 @@ QUICK = Effort(rounds=2, seconds=1.0, warm_seconds=0.4, events_to_consume=50_000
 
 
 class Result(msgspec.Struct, frozen=True):
-    """The rounds of one benchmark; both have the same length, and were run in turn."""
+    """The rounds of one benchmark that count; raw and sidecar were run in turn."""
 
     bench: Bench
     raw: list[Sample]
     sidecar: list[Sample]
+    disturbed: int
+    """So many rounds were left out, because something else was busy."""
 
 
 class Starts(msgspec.Struct, frozen=True):
@@ -62,13 +66,27 @@ class Starts(msgspec.Struct, frozen=True):
 
 def run(bench: Bench, target: Target, effort: Effort) -> Result:
     """The rounds of *bench*, each on a new sidecar: what one leaves behind is no load of the next."""
-    raw, ours = [], []
     _prepare(bench, target, effort)
-    for number in range(effort.rounds):
-        raw.append(_round(bench, target, effort, number, None))
+    rounds: list[tuple[Sample, Sample]] = []
+    quiet: list[tuple[Sample, Sample]] = []
+    while len(quiet) < effort.rounds and len(rounds) < 2 * effort.rounds:
+        raw = _round(bench, target, effort, len(rounds), None)
         with SidecarProcess(target.config) as sidecar:
-            ours.append(_round(bench, target, effort, number, sidecar))
-    return Result(bench, raw, ours)
+            ours = _round(bench, target, effort, len(rounds), sidecar)
+        rounds.append((raw, ours))
+        if _is_quiet(raw) and _is_quiet(ours):
+            quiet.append((raw, ours))
+    counted = quiet if len(quiet) > 1 else rounds
+    return Result(
+        bench,
+        [raw for raw, _ in counted],
+        [ours for _, ours in counted],
+        len(rounds) - len(counted),
+    )
+
+
+def _is_quiet(sample: Sample) -> bool:
+    return sample.other_cpu_seconds / sample.seconds < QUIET_CORES
 
 
 def profile(bench: Bench, target: Target, effort: Effort, lines: int) -> None:

@@ -23,6 +23,7 @@ def throughput(results: Iterable[Result]) -> list[Row]:
     rows: list[Row] = [
         (
             "",
+            "rounds",
             "events/s",
             "±",
             "CPU µs/event",
@@ -43,6 +44,7 @@ def throughput(results: Iterable[Result]) -> list[Row]:
         rows.append(
             (
                 result.bench.title,
+                _rounds(result),
                 f"{_median(ours, _rate):,.0f}",
                 _spread(ours, _rate),
                 f"{cpu_us(result):.1f}",
@@ -63,11 +65,23 @@ def throughput(results: Iterable[Result]) -> list[Row]:
 
 def latencies(results: Iterable[Result]) -> list[Row]:
     rows: list[Row] = [
-        ("", "p50 ms", "±", "p99 ms", "±", "raw p50 ms", "raw p99 ms", "CPU µs/event", "RSS MB")
+        (
+            "",
+            "rounds",
+            "p50 ms",
+            "±",
+            "p99 ms",
+            "±",
+            "raw p50 ms",
+            "raw p99 ms",
+            "CPU µs/event",
+            "RSS MB",
+        )
     ]
     rows.extend(
         (
             result.bench.title,
+            _rounds(result),
             f"{p50(result) * 1e3:.2f}",
             _spread(result.sidecar, _p50),
             f"{p99(result) * 1e3:.2f}",
@@ -155,6 +169,12 @@ def _spread(samples: Sequence[Sample], figure: Callable[[Sample], float]) -> str
     """Half of the way from the least to the most, of the median."""
     values = [figure(sample) for sample in samples]
     return f"{(max(values) - min(values)) / 2 / statistics.median(values):.0%}"
+
+
+def _rounds(result: Result) -> str:
+    """How many count, of how many."""
+    counted = len(result.sidecar)
+    return f"{counted} of {counted + result.disturbed}" if result.disturbed else str(counted)
 
 
 def _client(samples: Sequence[Sample]) -> str:

@@ -37,17 +37,10 @@ class _Publisher:
         self._stream = client.jetstream()
         self._topic = topic
         self._ids = events.Ids()
-        self._headers = events.nats_headers()
 
     async def publish(self, answered: Callable[[asyncio.Future[Any]], None]) -> None:
         number, key = self._ids.take(1)
-        event_id = f"{self._ids.prefix}-{number:010d}"
-        headers = {
-            **self._headers,
-            "Nats-Msg-Id": f"{len(events.SOURCE)}:{events.SOURCE}:{event_id}",
-            "ce-id": event_id,
-            "ce-partitionkey": f"{key:03d}",
-        }
+        headers = events.nats_headers(f"{self._ids.prefix}-{number:010d}", f"{key:03d}")
         future = await self._stream.publish_async(self._topic, events.DATA, headers=headers)
         future.add_done_callback(answered)
 
