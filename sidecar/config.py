@@ -29,6 +29,7 @@ from sidecar.errors import ConfigInvalid, InvalidTopic
 from sidecar.event import (
     check_pattern,
     check_topic,
+    check_type_pattern,
     pattern_covers,
     pattern_matcher,
     patterns_overlap,
@@ -60,6 +61,14 @@ def _name(value: str) -> str:
 def _pattern(value: str) -> str:
     try:
         check_pattern(value)
+    except InvalidTopic as error:
+        raise ValueError(error.message) from None
+    return value
+
+
+def _type_pattern(value: str) -> str:
+    try:
+        check_type_pattern(value)
     except InvalidTopic as error:
         raise ValueError(error.message) from None
     return value
@@ -181,6 +190,7 @@ def _read_secret(path: str) -> str:
 _DAY = 86400
 Name = Annotated[str, AfterValidator(_name)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
+TypePattern = Annotated[str, AfterValidator(_type_pattern)]
 Address = Annotated[str, AfterValidator(_address)]
 LoopbackAddress = Annotated[str, AfterValidator(_loopback_address)]
 SocketPath = Annotated[str, AfterValidator(_socket_path)]
@@ -370,7 +380,7 @@ _BROKER_TYPES: dict[object, type[Settings]] = {
 
 class Route(Settings):
     topic: Pattern | None = None
-    event_type: Pattern | None = None
+    event_type: TypePattern | None = None
     broker: str
 
     @field_validator("event_type")
@@ -408,7 +418,7 @@ class Subscription(Settings):
     max_in_flight: Annotated[int, Field(ge=1, le=100_000)] = 256
     lease_seconds: Annotated[float, Field(ge=0.1, le=_DAY)] = 30
     start: Annotated[str, BeforeValidator(_start)] = "earliest"
-    event_types: list[Pattern] = []
+    event_types: list[TypePattern] = []
     retry: Retry = Retry()
     dead_letter: DeadLetter = DeadLetter()
 

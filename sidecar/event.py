@@ -121,14 +121,35 @@ def check_topic(topic: str) -> None:
             'letters, digits, "-" and "_", in tokens joined by dots, as "orders.created"',
             field="topic",
         )
+    _check_not_reserved(topic)
 
 
 def check_pattern(pattern: str) -> None:
     """Raise InvalidTopic unless *pattern* is a topic, or one with NATS-style wildcards."""
+    check_type_pattern(pattern)
+    _check_not_reserved(pattern)
+
+
+def check_type_pattern(pattern: str) -> None:
+    """The same for types of events: of their names, none is reserved."""
     if len(pattern) > MAX_TOPIC_LENGTH or not _PATTERN.fullmatch(pattern):
         raise InvalidTopic(
             f"{pattern[:MAX_TOPIC_LENGTH]!r} is not a topic pattern: use tokens joined by dots, "
             '"*" for any one token, ">" at the end for one or more, as "orders.*" or "orders.>"',
+            field="topic",
+        )
+
+
+def _check_not_reserved(topic: str) -> None:
+    """
+    Raise InvalidTopic for the brokers' own topics: NATS' replies are on _INBOX.….
+
+    A stream over those would store what the brokers say to each other, and hand it out as events.
+    """
+    if topic.startswith("_"):
+        raise InvalidTopic(
+            f'{topic!r} is reserved: topics that begin with "_" are the brokers\' own, as '
+            '_INBOX; begin with a letter or a digit, as "orders.created"',
             field="topic",
         )
 

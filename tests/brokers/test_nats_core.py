@@ -152,3 +152,22 @@ async def test_either_content_mode_comes_out_as_it_went_in(
         (taken,) = await take(source, 1)
 
     assert taken.event == sent
+
+
+@pytest.mark.parametrize("pattern", [">", "*.*", "orders.>"])
+async def test_what_is_no_topic_is_no_event_and_not_lost_either(
+    nats_server: NatsServer, pattern: str
+) -> None:
+    """NATS' own subjects match wildcards, too; they take no place and count as nothing."""
+    async with broker_on(nats_server, max_waiting_events=2) as broker:
+        source = await broker.subscribe(interest(pattern))
+        other = await nats.connect(nats_server.url)
+        for subject in ("_INBOX.x", "_sys.x", "$own.x", "orders.$x", "orders.a:b"):
+            await other.publish(subject, b"not for us")
+        await other.flush()
+        await publish(broker, "orders.new", [event("1")])
+        taken = await take(source, 1)
+        await other.close()
+
+    assert ids(taken) == ["1"]
+    assert source.dropped == 0

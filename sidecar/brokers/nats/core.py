@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
@@ -14,12 +15,13 @@ from sidecar.brokers.nats.publisher import too_large
 from sidecar.errors import (
     BrokerUnavailable,
     InvalidEvent,
+    InvalidTopic,
     NotSupported,
     OutcomeUnknown,
     SidecarError,
     SourceLost,
 )
-from sidecar.event import Durability, Event, Outcome, Receipt
+from sidecar.event import Durability, Event, Outcome, Receipt, check_topic, has_wildcard
 from sidecar.wire import nats as binding
 from sidecar.wire.cloudevents import Defaults
 
@@ -193,6 +195,15 @@ class _Sending:
             self.future.set_result([refused.get(i, error) for i in range(len(self.events))])
 
 
+@lru_cache(maxsize=4096)
+def _is_topic(subject: bytes) -> bool:
+    try:
+        check_topic(subject.decode(errors="replace"))
+    except InvalidTopic:
+        return False
+    return True
+
+
 class NatsSource(Source):
     """A queue group's messages. What overflows the buffer is lost, and counted."""
 
@@ -212,7 +223,7 @@ class NatsSource(Source):
         self._connection.on_closed.append(self._end)
         self._key = await self._connection.subscribe(
             self._interest.topic,
-            self._on_any_frame if self._interest.topic[0] in "*>" else self._on_frame,
+            self._on_any_frame if has_wildcard(self._interest.topic) else self._on_frame,
             queue=self._interest.name,
         )
         # Who publishes on another connection from now on is to be heard.
@@ -225,8 +236,8 @@ class NatsSource(Source):
     def _on_any_frame(
         self, subject: bytes, reply: bytes, headers: bytes | None, data: bytes
     ) -> None:
-        """A pattern that begins with a wildcard matches what NATS says to itself, too."""
-        if not subject.startswith((b"$", b"_INBOX.")):
+        """A pattern matches more than topics: what NATS says to itself is no event of ours."""
+        if _is_topic(subject):
             self._on_frame(subject, reply, headers, data)
 
     def _on_frame(self, subject: bytes, _reply: bytes, headers: bytes | None, data: bytes) -> None:
