@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_PREFIX = "SIDECAR_"
 MIB = 1024 * 1024
+MAX_NAME_LENGTH = 128
+"""Names are parts of what drivers send: with a topic they stay within NATS' line of 4096 bytes."""
+SHOWN_LENGTH = 100
+"""What an error shows of a longer value."""
 MAX_SOCKET_PATH_BYTES = 107
 """What fits into Linux' sockaddr_un, without the closing NUL."""
 
@@ -52,9 +56,22 @@ _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 # -- single values: each function returns what it was given, or raises ValueError with the way out
 
 
+def shown(value: str) -> str:
+    """*value* in quotes for an error's text, clipped when it is long."""
+    return repr(_clipped(value))
+
+
+def _clipped(value: str) -> str:
+    return value if len(value) <= SHOWN_LENGTH else f"{value[:SHOWN_LENGTH]}…"
+
+
 def _name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", value):
         raise ValueError('is not a name; use letters, digits, "-" and "_"')
+    if len(value) > MAX_NAME_LENGTH:
+        raise ValueError(
+            f"{shown(value)} has {len(value)} characters; use at most {MAX_NAME_LENGTH}"
+        )
     return value
 
 
@@ -109,7 +126,7 @@ def _address(value: str) -> str:
 def _loopback_address(value: str) -> str:
     if _address(value) and not is_loopback(value):
         raise ValueError(
-            f"{value!r} is not a loopback address, and this door has neither TLS nor a token; "
+            f"{shown(value)} is not a loopback address, and this door has neither TLS nor a token; "
             "use 127.0.0.1, or the Unix socket"
         )
     return value
@@ -119,7 +136,7 @@ def _socket_path(value: str) -> str:
     size = len(os.fsencode(value))
     if size > MAX_SOCKET_PATH_BYTES:
         raise ValueError(
-            f"{value!r} has {size} bytes; a Unix socket's path has at most "
+            f"{shown(value)} has {size} bytes; a Unix socket's path has at most "
             f'{MAX_SOCKET_PATH_BYTES}: name a shorter one, as "/run/sidecar/grpc.sock"'
         )
     if "\0" in value:
@@ -611,11 +628,12 @@ def _existing(data: object, path: KeyPath) -> KeyPath:
 
 def _dotted(path: KeyPath) -> str:
     """A key path as in TOML, with [0] for the first of an array."""
-    parts = [
-        f"[{part}]" if isinstance(part, int) else f".{part}" if _is_bare(part) else f'."{part}"'
-        for part in path
-    ]
+    parts = [f"[{part}]" if isinstance(part, int) else f".{_key(part)}" for part in path]
     return "".join(parts).removeprefix(".")
+
+
+def _key(key: str) -> str:
+    return _clipped(key) if _is_bare(key) else f'"{_clipped(key)}"'
 
 
 def _is_bare(key: str) -> bool:
@@ -684,7 +702,7 @@ def _repeated_names(path: KeyPath, tables: list[dict[str, object]]) -> Iterator[
         name = table.get("name")
         if isinstance(name, str) and seen.setdefault(name, i) != i:
             first = _dotted((*path, seen[name]))
-            yield _Problem((*path, i, "name"), f"{name!r} is {first} already; choose another")
+            yield _Problem((*path, i, "name"), f"{shown(name)} is {first} already; choose another")
 
 
 def _unknown_brokers(
@@ -702,7 +720,7 @@ def _unknown_brokers(
     for path, name in named:
         if isinstance(name, str) and name not in known:
             meant = _did_you_mean(name, known)
-            yield _Problem(path, f"no broker {name!r}; {meant}there are: {_list(known)}")
+            yield _Problem(path, f"no broker {shown(name)}; {meant}there are: {_list(known)}")
 
 
 def _subscription_problems(

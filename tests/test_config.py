@@ -384,6 +384,52 @@ def test_an_unknown_key_is_told_what_was_meant(data: dict[str, Any], expected: s
     assert problem(data) == expected
 
 
+LONG = "n" * (config.MAX_NAME_LENGTH + 1)
+TOO_LONG = f"'{LONG[:100]}…' has 129 characters; use at most 128"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"app": {"name": LONG}}, f"app.name: {TOO_LONG}"),
+        ({"subscriptions": [{"name": LONG, "topic": "a"}]}, f"subscriptions[0].name: {TOO_LONG}"),
+        (
+            {
+                "brokers": {
+                    "work": JETSTREAM | {"streams": [{"name": LONG, "subjects": ["orders.>"]}]}
+                }
+            },
+            f"brokers.work.streams[0].name: {TOO_LONG}",
+        ),
+        ({"brokers": {LONG: MEMORY}}, f"brokers.{LONG[:100]}…: {TOO_LONG}"),
+        (
+            {"subscriptions": [{"name": "a", "topic": "a", "broker": LONG}]},
+            f"subscriptions[0].broker: no broker '{LONG[:100]}…'; there are: embedded",
+        ),
+    ],
+)
+def test_a_name_is_short_and_so_is_what_is_said_of_it(data: dict[str, Any], expected: str) -> None:
+    assert problem(data) == expected
+
+
+@pytest.mark.parametrize("name", ["n", LONG[1:]])
+def test_a_name_may_have_128_characters(name: str) -> None:
+    data = {"app": {"name": name}, "brokers": {name: MEMORY}}
+
+    assert list(config.check(data).brokers) == [name]
+
+
+@pytest.mark.parametrize("topic", ["_INBOX.>", "_INBOX.x", "_sys.*"])
+def test_a_subscription_cannot_ask_for_the_brokers_own_topics(topic: str) -> None:
+    assert "is reserved" in problem({"subscriptions": [{"name": "a", "topic": topic}]})
+
+
+def test_a_type_of_events_may_begin_with_an_underscore() -> None:
+    wanted: dict[str, object] = {"name": "a", "topic": "a", "event_types": ["_internal.>"]}
+
+    assert config.check_subscription(wanted).event_types == ["_internal.>"]
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [

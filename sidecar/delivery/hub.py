@@ -102,9 +102,9 @@ class Hub:
         subscription = self._subscriptions.get(name)
         if subscription is None:
             raise SubscriptionMissing(
-                f"no subscription {name!r}: declare it in [[subscriptions]], or describe it when "
+                f"no subscription {config.shown(name)}: declare it in [[subscriptions]], or describe it when "
                 "you open it",
-                subscription=name,
+                subscription=name[: config.MAX_NAME_LENGTH],
             )
         return subscription
 
@@ -149,7 +149,8 @@ class Hub:
         broker = self._brokers.get(name)
         if broker is None:
             raise InvalidRequest(
-                f"no broker {name!r} (there are: {', '.join(self._brokers)})", field="broker"
+                f"no broker {config.shown(name)} (there are: {', '.join(self._brokers)})",
+                field="broker",
             )
         start = Start(
             latest=settings.start == "latest", time_ns=config.start_time_ns(settings.start)
@@ -175,7 +176,7 @@ class Hub:
         broker = self._brokers.get(name)
         if broker is None:
             raise InvalidRequest(
-                f"no broker {name!r} (there are: {', '.join(self._brokers)})",
+                f"no broker {config.shown(name)} (there are: {', '.join(self._brokers)})",
                 field="dead_letter_broker",
             )
         if not broker.capabilities.dead_letters:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import nats
 import pytest
 
-from sidecar.broker import Start
+from sidecar.broker import Interest, Start
 from sidecar.brokers.nats.core import NatsBroker
-from sidecar.config import Nats
+from sidecar.config import MAX_NAME_LENGTH, Nats
 from sidecar.errors import BrokerUnavailable, EventTooLarge, NotSupported, OutcomeUnknown
-from sidecar.event import Position, Receipt
+from sidecar.event import MAX_TOPIC_LENGTH, Position, Receipt
 from tests.conformance.acting import event, events, ids, interest, numbers, publish, receipt, take
 from tests.conformance.harness import fresh
 from tests.support.nats_server import NatsServer
@@ -171,3 +171,15 @@ async def test_what_is_no_topic_is_no_event_and_not_lost_either(
 
     assert ids(taken) == ["1"]
     assert source.dropped == 0
+
+
+async def test_the_longest_topic_and_name_fit_into_a_line_of_nats(nats_server: NatsServer) -> None:
+    """A longer line ends the connection, which all subscriptions share."""
+    topic = fresh("topic").ljust(MAX_TOPIC_LENGTH, "t")
+    async with broker_on(nats_server) as broker:
+        wanted = Interest("n" * MAX_NAME_LENGTH, topic, 10, Start())
+        source = await broker.subscribe(wanted)
+        await publish(broker, topic, [event("1")])
+        taken = await take(source, 1)
+
+    assert ids(taken) == ["1"]

@@ -152,6 +152,19 @@ async def test_an_unknown_subscription_is_told() -> None:
             sidecar.hub.get("billing")
 
 
+async def test_what_is_said_of_a_long_name_is_short() -> None:
+    async with running() as sidecar:
+        with pytest.raises(SubscriptionMissing) as missing:
+            sidecar.hub.get("n" * 5000)
+        with pytest.raises(InvalidRequest, match="at most 128") as too_long:
+            sidecar.hub.describe(BILLING | {"name": "n" * 5000})
+        with pytest.raises(InvalidRequest, match="no broker") as no_broker:
+            sidecar.hub.describe(BILLING | {"broker": "n" * 5000})
+
+    for caught in (missing, too_long, no_broker):
+        assert len(str(caught.value)) < 400
+
+
 async def test_described_again_and_equal_it_is_the_same() -> None:
     async with running() as sidecar:
         first = sidecar.hub.describe(BILLING | {"max_in_flight": 5})
