@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 from sidecar import config
@@ -21,28 +22,50 @@ from sidecar.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from sidecar.event import Settlement
     from sidecar.publishing.publisher import Publisher
     from sidecar.telemetry.facts import Facts
 
-MAX_DESCRIBED = 10_000
-"""Subscriptions that apps may describe: their names come from outside."""
+MAX_DESCRIBED = 1000
+"""Subscriptions that apps may have described at a time: their names come from outside."""
+DESCRIBED_IDLE_SECONDS = 600.0
+"""A described subscription that nobody used for so long is dropped."""
+CROWDED_IDLE_SECONDS = 10.0
+"""The same when there is no room for another one."""
+SWEEP_SECONDS = 60.0
+"""How often it is looked for those; what is used in between is marked then."""
 LOOK_SECONDS = 0.1
 """The least that a pull waits: to subscribe, and ask the broker for what it has."""
 
 
 class Hub:
-    """Owns every Subscription. Made by `open`, found by name, run in one task group."""
+    """
+    Owns every Subscription: declared or described, found by name, run in one task group.
+
+    A described one that nobody uses is dropped after DESCRIBED_IDLE_SECONDS: it has no consumer,
+    nothing of it is out or held here, and it is not paused. What the broker keeps of it, as a
+    durable consumer, stays there: described again, it goes on where it was. Tokens of a dropped
+    one are over, and answer as BadToken.
+    """
 
     def __init__(
-        self, brokers: Mapping[str, Broker], publisher: Publisher, *, facts: Facts
+        self,
+        brokers: Mapping[str, Broker],
+        publisher: Publisher,
+        *,
+        facts: Facts,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """*clock* tells seconds from any start; it says how long a subscription was unused."""
         self._brokers = brokers
         self._publisher = publisher
         self._facts = facts
         self._subscriptions: dict[str, Subscription] = {}
+        self._clock = clock
+        self._used: dict[str, float] = {}
+        """When a described subscription was last seen in use."""
         self._running: dict[str, asyncio.Task[None]] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self.draining = False
@@ -58,7 +81,9 @@ class Hub:
             for subscription in self._subscriptions.values():
                 self._start(subscription)
             self._drained = asyncio.get_running_loop().create_future()
+            sweeping = self._tasks.create_task(self._keep_sweeping(), name="sweep subscriptions")
             await self._drained
+            sweeping.cancel()
 
     def _start(self, subscription: Subscription) -> None:
         if self._tasks is not None:
@@ -66,6 +91,27 @@ class Hub:
             self._running[name] = self._tasks.create_task(
                 subscription.run(), name=f"subscription {name}"
             )
+
+    async def _keep_sweeping(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Drop the described subscriptions that nobody used for DESCRIBED_IDLE_SECONDS."""
+        self._drop_unused(DESCRIBED_IDLE_SECONDS)
+
+    def _drop_unused(self, seconds: float) -> None:
+        now = self._clock()
+        for name, used in list(self._used.items()):
+            if _in_use(self._subscriptions[name]):
+                self._used[name] = now
+            elif now - used >= seconds:
+                self._forget(name)
+
+    def _mark_used(self, name: str) -> None:
+        if name in self._used:
+            self._used[name] = self._clock()
 
     async def drain(self, seconds: float) -> int:
         """
@@ -106,6 +152,7 @@ class Hub:
                 "you open it",
                 subscription=name[: config.MAX_NAME_LENGTH],
             )
+        self._mark_used(name)
         return subscription
 
     def describe(self, described: dict[str, object]) -> Subscription:
@@ -122,6 +169,7 @@ class Hub:
         known = self._subscriptions.get(settings.name)
         if known is not None:
             if known.settings == settings:
+                self._mark_used(settings.name)
                 return known
             if known.declared or known.consumers or known.window.out:
                 raise SubscriptionConflict(
@@ -132,14 +180,27 @@ class Hub:
             self._forget(settings.name)
         if self.draining:
             raise Draining("the sidecar is stopping: open no new subscriptions")
-        if len(self._subscriptions) >= MAX_DESCRIBED:
-            raise InvalidRequest(f"more than {MAX_DESCRIBED} subscriptions: use fewer names")
+        self._make_room()
         subscription = self._add(settings, declared=False)
+        self._used[settings.name] = self._clock()
         self._start(subscription)
         return subscription
 
+    def _make_room(self) -> None:
+        """Raises InvalidRequest when there are as many as there may be, and none is out of use."""
+        if len(self._used) >= MAX_DESCRIBED:
+            self._drop_unused(CROWDED_IDLE_SECONDS)
+        if len(self._used) >= MAX_DESCRIBED:
+            raise InvalidRequest(
+                f"apps have described {MAX_DESCRIBED} subscriptions, and all are in use, or were "
+                f"within {CROWDED_IDLE_SECONDS:g} s: use fewer names, or declare them",
+                field="spec",
+            )
+
     def _forget(self, name: str) -> None:
-        del self._subscriptions[name]
+        self._used.pop(name, None)
+        # Who found it before, and attaches only now, is refused: it runs no more.
+        self._subscriptions.pop(name).drain()
         task = self._running.pop(name, None)
         if task is not None:
             task.cancel()
@@ -218,6 +279,7 @@ class Hub:
         finally:
             # What it got stays out until settled by token: only the waiting ends here.
             subscription.stopped_waiting(consumer)
+            self._mark_used(subscription.settings.name)
         if consumer.why is not None:
             raise consumer.why
         return consumer.taken
@@ -232,8 +294,14 @@ class Hub:
                 error: SidecarError | None = bad_token(settlement.token)
             else:
                 error = subscription.settle([settlement])[0]
+                self._mark_used(name)
             results.append((settlement.token, error))
         return results
+
+
+def _in_use(subscription: Subscription) -> bool:
+    """Somebody consumes, something is here, or somebody paused it, which is to last."""
+    return bool(subscription.consumers or len(subscription.window) or subscription.paused)
 
 
 def _difference(one: config.Subscription, other: config.Subscription) -> str:

@@ -11,8 +11,10 @@ import pytest
 from sidecar.config import Memory
 from sidecar.config import Subscription as Settings
 from sidecar.delivery import subscription as module
+from sidecar.delivery.hub import CROWDED_IDLE_SECONDS, DESCRIBED_IDLE_SECONDS, MAX_DESCRIBED, Hub
 from sidecar.errors import (
     AlreadySettled,
+    BadToken,
     Draining,
     InvalidRequest,
     NoRoute,
@@ -35,8 +37,9 @@ from tests.delivery.stage import event as make
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
+    from sidecar.broker import Broker
     from sidecar.delivery.consumers import Delivery
 
 BILLING: dict[str, Any] = {"name": "billing", "topic": "orders.>"}
@@ -257,6 +260,120 @@ async def test_a_declared_subscription_is_known_to_its_broker_before_anybody_con
     await hub
 
     assert delivery.event.id == "1"
+
+
+# -- described subscriptions that nobody uses
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Timed(Sidecar):
+    """A sidecar whose hub has a clock of its own."""
+
+    def __init__(self, *brokers: Broker) -> None:
+        super().__init__(*brokers)
+        self.clock = Clock()
+        self.hub = Hub(self.brokers, self.publisher, facts=self.heard, clock=self.clock)
+
+    def names_after(self, seconds: float) -> list[str]:
+        """The subscriptions that are left when so much time has passed, and it was swept."""
+        self.clock.now += seconds
+        self.hub.sweep()
+        return [s.settings.name for s in self.hub.all()]
+
+
+@contextlib.asynccontextmanager
+async def timed() -> AsyncIterator[Timed]:
+    sidecar = Timed(memory())
+    hub = asyncio.create_task(sidecar.hub.run())
+    await asyncio.sleep(0)
+    try:
+        yield sidecar
+    finally:
+        await sidecar.hub.drain(0)
+        await hub
+
+
+async def test_a_described_subscription_that_nobody_uses_is_dropped_after_a_while() -> None:
+    """A declared one stays, and so does a name that was asked for in between."""
+    async with timed() as sidecar:
+        sidecar.hub.declare(Settings(name="declared", topic="orders.>"))
+        for name in ("unused", "asked-for"):
+            sidecar.subscription(name)
+        early = sidecar.names_after(DESCRIBED_IDLE_SECONDS - 1)
+        sidecar.hub.get("asked-for")
+        late = sidecar.names_after(1)
+        with pytest.raises(SubscriptionMissing):
+            sidecar.hub.get("unused")
+
+    assert early == ["declared", "unused", "asked-for"]
+    assert late == ["declared", "asked-for"]
+
+
+async def test_what_is_consumed_or_paused_or_has_deliveries_out_is_never_dropped() -> None:
+    async with timed() as sidecar:
+        await sidecar.publish("orders.new", make("1"))
+        sidecar.app(sidecar.subscription("consumed"))
+        sidecar.subscription("paused").pause()
+        (out,) = await sidecar.hub.pull(sidecar.subscription("pulled"), 1, 5.0)
+        kept = sidecar.names_after(DESCRIBED_IDLE_SECONDS)
+        settled = sidecar.settle(out.token)
+        kept_on = sidecar.names_after(DESCRIBED_IDLE_SECONDS - 1)
+        left = sidecar.names_after(1)
+
+    assert kept == kept_on == ["consumed", "paused", "pulled"]
+    assert settled is None
+    assert left == ["consumed", "paused"]
+
+
+async def test_dropped_and_described_again_it_goes_on_where_it_was() -> None:
+    """What the broker keeps of it is durable. Tokens of before are over."""
+    async with timed() as sidecar:
+        await sidecar.publish("orders.new", make("1"), make("2"))
+        (one,) = await sidecar.hub.pull(sidecar.subscription(), 1, 5.0)
+        sidecar.settle(one.token)
+        await until(lambda: not len(sidecar.subscription().window), what="at rest")
+        dropped = sidecar.names_after(DESCRIBED_IDLE_SECONDS)
+        gone = sidecar.settle(one.token)
+        rest = await sidecar.hub.pull(sidecar.subscription(), 5, 5.0)
+        void = sidecar.settle(one.token)
+
+    assert dropped == []
+    assert ids(rest) == ["2"]
+    assert isinstance(gone, BadToken)
+    assert isinstance(void, BadToken)
+
+
+async def test_who_found_it_before_it_was_dropped_cannot_consume_from_it() -> None:
+    """It runs no more: such a consumer would wait for ever."""
+    async with timed() as sidecar:
+        found = sidecar.subscription()
+        sidecar.names_after(DESCRIBED_IDLE_SECONDS)
+        with pytest.raises(Draining):
+            sidecar.app(found)
+
+        assert sidecar.app(sidecar.subscription()).why is None
+
+
+async def test_when_there_is_no_room_the_unused_go_early_and_the_used_stay() -> None:
+    async with timed() as sidecar:
+        used = sidecar.app(sidecar.subscription("used"))
+        for number in range(MAX_DESCRIBED - 1):
+            sidecar.subscription(f"once-{number}")
+        with pytest.raises(InvalidRequest, match="described 1000 subscriptions, and all are in"):
+            sidecar.subscription("one-more")
+        sidecar.clock.now += CROWDED_IDLE_SECONDS
+        sidecar.subscription("one-more")
+        names = [s.settings.name for s in sidecar.hub.all()]
+
+    assert names == ["used", "one-more"]
+    assert isinstance(used.why, Draining)
 
 
 # -- several sidecars
