@@ -37,7 +37,7 @@ from sidecar.wire.timestamps import now_ns
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from sidecar.config import Config
 
@@ -194,6 +194,7 @@ class App:
         methods = (*pubsub.methods(), *admin.methods())
         self._grpc = GrpcDoor(methods, pubsub, config.limits)
         self._http = HttpApp(methods, pubsub.publish_events, defaults, config.limits)
+        self.metrics.declared((s.name for s in config.subscriptions), _topics(config))
         self.metrics.look_at(self._broker_gauges, self._subscription_gauges)
 
     async def _open_doors(self, tasks: asyncio.TaskGroup, doors: AsyncExitStack) -> None:
@@ -364,6 +365,13 @@ class App:
             lines.append("publish your first event:")
             lines.append(f"  curl --unix-socket {config.http.unix_socket} {url} {body}")
         return lines
+
+
+def _topics(config: Config) -> Iterator[str]:
+    """The topics that metrics may tell apart, as the configuration spells them."""
+    yield from (route.topic for route in config.routes if route.topic)
+    yield from (s.dead_letter.topic for s in config.subscriptions if s.dead_letter.topic)
+    yield Broker.dead_letter_topic
 
 
 def make_brokers(config: Config, embedded: tuple[str, str] | None) -> Mapping[str, Broker]:

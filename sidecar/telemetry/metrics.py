@@ -51,8 +51,16 @@ class SubscriptionGauges:
     dropped: int
 
 
+DESCRIBED = "described"
+"""The label of all that apps describe, together: subscriptions, and topics of their dead letters."""
+
+
 class Metrics:
-    """Counts facts. Labels come from the configuration and from closed sets, never from input."""
+    """
+    Counts facts. Labels come from the configuration and from closed sets, never from input.
+
+    A name that was not `declared` is counted as "described".
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -95,27 +103,41 @@ class Metrics:
         )
         build.labels(sidecar.__version__, platform.python_version()).set(1)
         self._counts: dict[tuple[str, str, str, str], Counter] = {}
+        self._subscriptions: frozenset[str] = frozenset()
+        self._topics: frozenset[str] = frozenset()
+
+    def declared(self, subscriptions: Iterable[str], topics: Iterable[str]) -> None:
+        """
+        The names that the configuration has, each a label of its own.
+
+        *topics* are the patterns of the routes, and those of the subscriptions' dead letters.
+        """
+        self._subscriptions, self._topics = frozenset(subscriptions), frozenset(topics)
+
+    def _subscription(self, name: str) -> str:
+        return name if name in self._subscriptions else DESCRIBED
 
     def published(self, fact: Published) -> None:
         counts: dict[tuple[str, str], int] = {}
         for outcome in fact.outcomes:
             key = _result(outcome)
             counts[key] = counts.get(key, 0) + 1
+        topic = fact.topic if not fact.topic or fact.topic in self._topics else DESCRIBED
         for (result, error), count in counts.items():
-            labels = (fact.broker, fact.topic, result, error)
+            labels = (fact.broker, topic, result, error)
             counter = self._counts.get(labels)
             if counter is None:
                 counter = self._counts[labels] = self._published.labels(*labels)
             counter.inc(count)
         if fact.broker:
             result = next(iter(counts))[0]
-            self._publish_duration.labels(fact.broker, fact.topic, result).observe(fact.seconds)
+            self._publish_duration.labels(fact.broker, topic, result).observe(fact.seconds)
 
     def settled(self, fact: Settled) -> None:
-        self._delivered.labels(fact.subscription, fact.result).inc(fact.count)
+        self._delivered.labels(self._subscription(fact.subscription), fact.result).inc(fact.count)
 
     def dead_lettered(self, fact: DeadLettered) -> None:
-        self._dead_letters.labels(fact.subscription, fact.reason).inc()
+        self._dead_letters.labels(self._subscription(fact.subscription), fact.reason).inc()
 
     def reconnected(self, broker: str) -> None:
         self._reconnects.labels(broker).inc()
@@ -126,7 +148,7 @@ class Metrics:
         subscriptions: Callable[[], Sequence[SubscriptionGauges]],
     ) -> None:
         """Where gauges come from: looked at when scraped, so the path of an event pays nothing."""
-        self.registry.register(_Gauges(brokers, subscriptions))
+        self.registry.register(_Gauges(brokers, subscriptions, self._subscription))
 
 
 _RESULTS = {
@@ -147,9 +169,12 @@ class _Gauges(Collector):
         self,
         brokers: Callable[[], Sequence[BrokerGauges]],
         subscriptions: Callable[[], Sequence[SubscriptionGauges]],
+        label: Callable[[str], str],
     ) -> None:
+        """*label* is that of a subscription; what shares one is summed."""
         self._brokers = brokers
         self._subscriptions = subscriptions
+        self._label = label
 
     def collect(self) -> Iterable[Metric]:
         brokers, subscriptions = self._brokers(), self._subscriptions()
@@ -173,6 +198,10 @@ class _Gauges(Collector):
             ),
         ):
             gauge = GaugeMetricFamily(name, text, labels=["subscription"])
+            sums: dict[str, float] = {}
             for subscription in subscriptions:
-                gauge.add_metric([subscription.name], float(getattr(subscription, field)))
+                label = self._label(subscription.name)
+                sums[label] = sums.get(label, 0.0) + getattr(subscription, field)
+            for label, value in sums.items():
+                gauge.add_metric([label], value)
             yield gauge
