@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
-from sidecar.errors import AddressUnavailable, Internal, SidecarError
+from sidecar.errors import AddressUnavailable, Internal, MalformedBody, SidecarError
 from sidecar.services.pubsub import SERVICE as PUBSUB
 from sidecar.services.pubsub import PubSub
 from sidecar.services.rpc import Call, UnaryMethod
@@ -22,9 +23,9 @@ from sidecar.wire import status
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from google.protobuf.message import Message
-
     from sidecar.config import Limits
+
+MessageT = TypeVar("MessageT", bound=Message)
 
 log = logging.getLogger(__name__)
 
@@ -68,19 +69,19 @@ class GrpcDoor:
             handlers.setdefault(method.service, {})[method.name] = (
                 grpc.unary_unary_rpc_method_handler(
                     _unary(method),
-                    request_deserializer=method.request.FromString,
+                    request_deserializer=_reader(method.request),
                     response_serializer=method.response.SerializeToString,
                 )
             )
         handlers.setdefault(PUBSUB, {}).update(
             PublishStream=grpc.stream_stream_rpc_method_handler(
                 self._publish_stream,
-                request_deserializer=pb.PublishStreamRequest.FromString,
+                request_deserializer=_reader(pb.PublishStreamRequest),
                 response_serializer=pb.PublishStreamResponse.SerializeToString,
             ),
             Subscribe=grpc.stream_stream_rpc_method_handler(
                 self._subscribe,
-                request_deserializer=pb.SubscribeRequest.FromString,
+                request_deserializer=_reader(pb.SubscribeRequest),
                 response_serializer=pb.SubscribeResponse.SerializeToString,
             ),
         )
@@ -125,6 +126,7 @@ class GrpcDoor:
 
     async def _publish_stream(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         stream, send = self._pubsub.publish_stream(), _writer(context)
+        malformed: MalformedBody | None = None
 
         async def write() -> None:
             async for answer in stream.answers():
@@ -134,14 +136,22 @@ class GrpcDoor:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(write())
                 while (request := await context.read()) is not grpc.aio.EOF:
+                    if isinstance(request, MalformedBody):
+                        # Which request it was cannot be said: what came before is answered first.
+                        malformed = request
+                        break
                     await stream.take(request)
                 stream.end()
         except* ConnectionError:
-            pass  # the client has gone; what it published is published
+            malformed = None  # the client has gone; what it published is published
+        if malformed is not None:
+            await _abort(context, malformed)
 
     async def _subscribe(self, _requests: object, context: grpc.aio.ServicerContext) -> None:
         async def read() -> pb.SubscribeRequest | None:
             message = await context.read()
+            if isinstance(message, MalformedBody):
+                raise message
             return None if message is grpc.aio.EOF else message
 
         try:
@@ -151,6 +161,25 @@ class GrpcDoor:
         except Exception:
             log.exception("Subscribe failed")
             await _abort(context, _internal("Subscribe"))
+
+
+def _reader(kind: type[MessageT]) -> Callable[[bytes], MessageT | MalformedBody]:
+    """
+    kind.FromString, with a value for bytes that are none.
+
+    What a deserializer raises, gRPC itself answers: as UNKNOWN, with a traceback in the log.
+    """
+
+    def read(body: bytes) -> MessageT | MalformedBody:
+        try:
+            return kind.FromString(body)
+        except DecodeError:
+            return MalformedBody(
+                f"the message is not a {kind.DESCRIPTOR.full_name}: cut short, another message, or "
+                "a string that is not UTF-8"
+            )
+
+    return read
 
 
 def _writer(context: grpc.aio.ServicerContext) -> Callable[[Message], Awaitable[None]]:
@@ -169,10 +198,14 @@ def _writer(context: grpc.aio.ServicerContext) -> Callable[[Message], Awaitable[
 
 def _unary(
     method: UnaryMethod[Any, Any],
-) -> Callable[[Message, grpc.aio.ServicerContext], Awaitable[Message]]:
+) -> Callable[[Message | MalformedBody, grpc.aio.ServicerContext], Awaitable[Message]]:
     handler, name = method.handler, method.path
 
-    async def handle(request: Message, context: grpc.aio.ServicerContext) -> Message:
+    async def handle(
+        request: Message | MalformedBody, context: grpc.aio.ServicerContext
+    ) -> Message:
+        if isinstance(request, MalformedBody):
+            return await _abort(context, request)
         try:
             answer: Message = await handler(request, Call(context.time_remaining(), "grpc"))
         except SidecarError as error:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from sidecar.errors import (
     DeadlineExceeded,
+    Internal,
     InvalidRequest,
     NotSupported,
     SidecarError,
 )
 from sidecar.services.rpc import Call, UnaryMethod
+from sidecar.v1 import event_pb2
 from sidecar.v1 import pubsub_pb2 as pb
 from sidecar.wire import proto, status
 
@@ -275,13 +278,19 @@ class PublishStream:
             options = _options(request.options) if request.HasField("options") else {}
             outcomes = await self._publisher.submit(topic, events, wait=None, **options)
         except SidecarError as error:
-            failure = proto.failure_to(error)
-            self._answer(pb.PublishStreamResponse(sequence=sequence, failure=failure))
-            return
+            self._failed(sequence, error)
+        except Exception as error:  # noqa: BLE001 - it must not end the other requests' stream
+            # Not the exception's text: it may quote event data.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            log.error(  # noqa: TRY400
+                "PublishStream: %s\n%s", type(error).__name__, frames
+            )
+            self._failed(sequence, Internal("a fault of the sidecar: its log says more"))
         except BaseException:
             self._under_way -= 1
             raise
-        outcomes.add_done_callback(lambda done: self._results(sequence, done))
+        else:
+            outcomes.add_done_callback(lambda done: self._results(sequence, done))
         while self._under_way >= STREAM_REQUESTS:
             # The client does not read its answers: stop reading its requests.
             self._room.clear()
@@ -293,6 +302,10 @@ class PublishStream:
         response = pb.PublishStreamResponse(sequence=sequence)
         proto.put_results(response.results, done.result())
         self._answer(response)
+
+    def _failed(self, sequence: int, error: SidecarError) -> None:
+        failure = proto.failure_to(error)
+        self._answer(pb.PublishStreamResponse(sequence=sequence, failure=failure))
 
     def _answer(self, response: pb.PublishStreamResponse) -> None:
         self._answers.append(response)
@@ -341,6 +354,12 @@ def _options(options: pb.PublishOptions) -> dict[str, Any]:
         raise NotSupported(
             f"options.{options.WhichOneof('later')}: no broker here keeps events for later",
             field=f"options.{options.WhichOneof('later')}",
+        )
+    if options.min_durability not in event_pb2.Durability.values():
+        accepted = ", ".join(event_pb2.Durability.keys()[1:])
+        raise InvalidRequest(
+            f"options.min_durability: {int(options.min_durability)} is none; use one of {accepted}",
+            field="options.min_durability",
         )
     return {
         "min_durability": int(options.min_durability),
