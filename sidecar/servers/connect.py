@@ -263,6 +263,7 @@ def _check_fields(data: object, descriptor: Descriptor, path: str) -> None:
     if not isinstance(data, dict):
         raise InvalidRequest(f"{path}: must be an object", field=path)
     fields = _fields_of(descriptor)
+    _check_alternatives(data, fields, path)
     for name, value in data.items():
         where = f"{path}.{name}" if path else name
         field = fields.get(name)
@@ -295,6 +296,24 @@ def _check_value(value: object, field: FieldDescriptor, path: str) -> None:
         raise InvalidRequest(f"{path}: must be base64", field=path)
 
 
+def _check_alternatives(
+    data: Mapping[str, object], fields: Mapping[str, FieldDescriptor], path: str
+) -> None:
+    """No field comes under both its names, and of a oneof's fields at most one comes."""
+    seen: dict[str, str] = {}
+    for name, value in data.items():
+        field = fields.get(name)
+        if field is None or value is None:
+            continue
+        # A field that is optional is in a oneof of its own, too.
+        oneof = field.containing_oneof
+        slot = field.full_name if oneof is None else oneof.full_name
+        other = seen.setdefault(slot, name)
+        if other != name:
+            where = f"{path}.{name}" if path else name
+            raise InvalidRequest(f"{where}: comes beside {other}; use one of them", field=where)
+
+
 @functools.cache
 def _fields_of(descriptor: Descriptor) -> Mapping[str, FieldDescriptor]:
     by_name = {field.name: field for field in descriptor.fields}
@@ -318,4 +337,6 @@ def _json_error(text: str) -> InvalidRequest:
         path = place[1]
         text = text[: place.start()]
     text = _STRING_WANTED.sub(r"must be a string, not \1", text).rstrip(". \n")
+    if not path:
+        return InvalidRequest(text[:MAX_TEXT])
     return InvalidRequest(f"{path}: {text}"[:MAX_TEXT], field=path[:MAX_TEXT])

@@ -349,7 +349,14 @@ BAD_JSON = [
     (b'{"events":[{"extensions":[]}]}', "events[0].extensions: "),
     (b'{"options":{"timeout":"5"}}', 'options.timeout: Duration must end with letter "s"'),
     (b'{"options":{"minDurability":"X"}}', "options.minDurability: Invalid enum value X"),
-    (b'{"options":{"deliverAt":"2030-01-01T00:00:00Z","deliverAfter":"1s"}}', "options: "),
+    (
+        b'{"options":{"deliverAt":"2030-01-01T00:00:00Z","deliverAfter":"1s"}}',
+        "options.deliverAfter: comes beside deliverAt; use one of them",
+    ),
+    (
+        b'{"options":{"minDurability":0,"min_durability":0}}',
+        "options.min_durability: comes beside minDurability; use one of them",
+    ),
 ]
 
 
@@ -361,6 +368,15 @@ async def test_bad_json_is_named_with_its_place(body: bytes, message: str, tmp_p
     assert (reply.status, reply.json()["code"]) == (400, "invalid_argument")
     assert reply.json()["message"].startswith(message)
     assert len(reply.json()["message"]) <= connect.MAX_TEXT + 200
+
+
+def test_two_fields_of_a_oneof_are_named_at_the_top_of_a_message_too() -> None:
+    body = b'{"subscription": "billing", "spec": {"name": "billing"}}'
+    with pytest.raises(errors.InvalidRequest) as caught:
+        connect._decode_json(pubsub_pb2.PullRequest, body)
+
+    assert caught.value.message == "spec: comes beside subscription; use one of them"
+    assert caught.value.metadata == {"field": "spec"}
 
 
 _json = st.recursive(
