@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-import typer
-
 from sidecar.cli import configuration, exits
 from sidecar.config import Config, NatsConnection
 from sidecar.errors import ConfigInvalid
@@ -24,7 +22,7 @@ def check(path: Path | None, *, connect: bool) -> int:
     except ConfigInvalid as error:
         configuration.complain_of(error, path)
         return exits.CONFIGURATION
-    typer.echo(f"{configuration.name_of(path)} is valid")
+    exits.say(f"{configuration.name_of(path)} is valid")
     for title, rows in _found(config):
         _print(title, rows)
     return _try_brokers(config) if connect else exits.OK
@@ -51,10 +49,10 @@ def _found(config: Config) -> Iterator[tuple[str, Sequence[tuple[str, str]]]]:
 
 
 def _print(title: str, rows: Sequence[tuple[str, str]]) -> None:
-    typer.echo(f"\n{title}" if rows else f"\n{title}: none")
+    exits.say(f"\n{title}" if rows else f"\n{title}: none")
     width = max((len(name) for name, _ in rows), default=0)
     for name, text in rows:
-        typer.echo(f"  {name:{width}}  {text}")
+        exits.say(f"  {name:{width}}  {text}")
 
 
 def _broker(broker: BrokerSettings) -> str:

@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import BinaryIO, Final, NoReturn
 
 import typer
 
@@ -17,6 +17,10 @@ CONFIGURATION: Final = 78
 INTERRUPTED: Final = 130
 
 
+class OutputFailed(Exception):
+    """What a command has to say cannot be written."""
+
+
 def leave(work: Callable[[], int], *, debug: bool) -> NoReturn:
     """Do the work and end the command with its status; an error that it lets out is INTERNAL."""
     try:
@@ -26,6 +30,10 @@ def leave(work: Callable[[], int], *, debug: bool) -> NoReturn:
     except BrokenPipeError:
         forget_stdout()
         status = OK
+    except OutputFailed as error:
+        complain(f"cannot write to standard output: {error}")
+        forget_stdout()
+        status = FAILED
     except Exception as error:  # noqa: BLE001 - the process ends with it
         internal(error, debug=debug)
         status = INTERNAL
@@ -40,12 +48,39 @@ def internal(error: Exception, *, debug: bool) -> None:
     complain(f"internal error: {type(error).__name__}: {error} (--debug shows where)")
 
 
+def output() -> BinaryIO:
+    """Standard output. Raises OutputFailed where the command was started without one."""
+    if sys.stdout is None:
+        raise OutputFailed("it is closed")
+    return sys.stdout.buffer
+
+
+def write(data: bytes) -> None:
+    """To standard output, at once. Raises OutputFailed; BrokenPipeError when its reader has gone."""
+    out = output()
+    try:
+        out.write(data)
+        out.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputFailed(error.strerror) from error
+
+
+def say(line: str) -> None:
+    """A line on standard output, as `write`."""
+    write(line.encode(errors="surrogateescape") + b"\n")
+
+
 def complain(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201 - it is a command
+    if sys.stderr is not None:  # else print would take standard output
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 - it is a command
 
 
 def forget_stdout() -> None:
     """Nobody reads it any more: keep Python from saying so when it flushes at its end."""
+    if sys.stdout is None:
+        return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import os
+import stat
 import sys
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import typer
 from sidecar.cli import calling, events, exits
 from sidecar.cli.lines import MAX_LINE_BYTES, Lines
 from sidecar.client import CallFailed, Event, Receipt
-from sidecar.errors import InvalidEvent
+from sidecar.errors import EventTooLarge, InvalidEvent
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from sidecar.cli.progress import Progress
     from sidecar.client import PublishFailed, Sidecar
 
-_BATCH_BYTES = 1024 * 1024
+_BATCH_BYTES = 512 * 1024
+"""Of one request, unless a single event is larger: any sidecar takes 1 MiB."""
+MAX_EVENT_BYTES = 16 * 1024 * 1024
+"""Of one event: a request that is larger would end the stream, and with it the run."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -69,11 +73,24 @@ def job_of(
 
 def _open(file: str) -> int:
     if file == "-":
-        return sys.stdin.fileno()
+        return _opened_stdin()
     try:
-        return os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise typer.BadParameter(f"cannot read {file}: {error.strerror}") from error
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise typer.BadParameter(f"cannot read {file}: it is a directory")
+    return fd
+
+
+def _opened_stdin() -> int:
+    if sys.stdin is None:
+        raise typer.BadParameter("cannot read standard input: it is closed")
+    fd = sys.stdin.fileno()
+    if stat.S_ISDIR(os.fstat(fd).st_mode):
+        raise typer.BadParameter("cannot read standard input: it is a directory")
+    return fd
 
 
 def template_of(
@@ -130,6 +147,8 @@ class _Publishing:
         self._progress: Progress | None = None
 
     async def run(self, sidecar: Sidecar) -> int:
+        if not self._job.quiet:
+            exits.output()  # nothing is published whose receipt has no place to go
         loop = asyncio.get_running_loop()
         started = loop.time()
         with calling.ended_by_signals(self._interrupt):
@@ -170,8 +189,11 @@ class _Publishing:
             for line in lines:
                 number += 1
                 event = self._event(number, line)
-                if event is not None and batch.add(f"line {number}", event):
+                if event is None:
+                    continue
+                if not batch.fits(event):
                     yield topic, self._sent(batch)
+                batch.add(f"line {number}", event)
             # A pipe that pauses must not hold back what it brought.
             if batch.events and not self._lines.is_file:
                 yield topic, self._sent(batch)
@@ -185,18 +207,24 @@ class _Publishing:
 
     def _event(self, number: int, line: bytes | None) -> Event | None:
         """The event of a line; None where there is none, or it was told to be bad."""
-        if line is None:
-            self._fail(f"line {number}", "EVENT_TOO_LARGE", f"over {MAX_LINE_BYTES} bytes")
-            return None
-        if self._job.raw:
-            return events.event_of_data(line.removesuffix(b"\r"), self._job.template)
-        if not line.strip():
-            return None
         try:
-            return events.event_of_line(line, self._job.template)
+            return self._event_of(line)
         except InvalidEvent as error:
             self._fail(f"line {number}", error.code, error.message)
             return None
+
+    def _event_of(self, line: bytes | None) -> Event | None:
+        if line is None:
+            raise EventTooLarge(f"over {MAX_LINE_BYTES} bytes, the longest line that is read")
+        if self._job.raw:
+            event = events.event_of_data(line.removesuffix(b"\r"), self._job.template)
+        elif line.strip():
+            event = events.event_of_line(line, self._job.template)
+        else:
+            return None
+        if event.size > MAX_EVENT_BYTES:
+            raise EventTooLarge(f"{event.size} bytes, at most {MAX_EVENT_BYTES} can be sent")
+        return event
 
     # -- back
 
@@ -210,8 +238,7 @@ class _Publishing:
             else:
                 self._fail(label, result.reason, result.message)
         if receipts and not self._job.quiet:
-            sys.stdout.buffer.write(b"".join(receipts))
-            sys.stdout.buffer.flush()
+            exits.write(b"".join(receipts))
 
     def _fail(self, label: str, reason: str, message: str) -> None:
         self._failed[reason] += 1
@@ -222,9 +249,9 @@ class _Publishing:
         if self._lines is None:
             return
         if self._progress is None:
-            if seconds < 1 or not sys.stderr.isatty():
+            if seconds < 1 or sys.stderr is None or not sys.stderr.isatty():
                 return
-            if sys.stdout.isatty() and not self._job.quiet:
+            if not self._job.quiet and exits.output().isatty():
                 return  # the receipts are the progress
             from sidecar.cli.progress import Progress  # noqa: PLC0415 - rich, for the long ones
 
@@ -254,12 +281,16 @@ class _Batch:
         self.events: list[Event] = []
         self._bytes = 0
 
-    def add(self, label: str, event: Event) -> bool:
-        """Whether it is full now."""
+    def fits(self, event: Event) -> bool:
+        """Whether the event may be added; one of any size may, to an empty batch."""
+        return not self.events or (
+            len(self.events) < self._max_events and self._bytes + event.size <= _BATCH_BYTES
+        )
+
+    def add(self, label: str, event: Event) -> None:
         self._labels.append(label)
         self.events.append(event)
         self._bytes += event.size
-        return len(self.events) >= self._max_events or self._bytes >= _BATCH_BYTES
 
     def take(self) -> tuple[Sequence[str], Sequence[Event]]:
         taken = self._labels, self.events

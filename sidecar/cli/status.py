@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import io
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,8 +25,7 @@ def status(target: str, *, as_json: bool) -> int:
     async def work(sidecar: Sidecar) -> int:
         found = await sidecar.status()
         if as_json:
-            sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
-            sys.stdout.buffer.flush()
+            exits.write(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
         else:
             _show(found)
         return exits.OK if found.ready else exits.FAILED
@@ -37,7 +36,13 @@ def status(target: str, *, as_json: bool) -> int:
 def _show(found: Status) -> None:
     from rich.console import Console  # noqa: PLC0415 - not for --json
 
-    console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+    terminal, text = exits.output().isatty(), io.StringIO()
+    width = None if terminal else _WIDE
+    _show_all(Console(file=text, force_terminal=terminal, width=width, highlight=False), found)
+    exits.write(text.getvalue().encode())
+
+
+def _show_all(console: Console, found: Status) -> None:
     state = "draining" if found.draining else "ready" if found.ready else "not ready"
     style = "green" if found.ready else "red"
     console.print(

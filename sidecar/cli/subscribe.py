@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import stat
-import sys
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -112,8 +111,7 @@ async def _print_and_hold(consumer: Consumer) -> None:
 
 
 def _print(delivery: StreamDelivery) -> None:
-    sys.stdout.buffer.write(events.delivery_line(delivery) + b"\n")
-    sys.stdout.buffer.flush()
+    exits.write(events.delivery_line(delivery) + b"\n")
 
 
 def _complain(failed: SettleFailed) -> None:
@@ -123,7 +121,7 @@ def _complain(failed: SettleFailed) -> None:
 @contextlib.contextmanager
 def _watched_stdout(end: Callable[[], None]) -> Iterator[None]:
     """Call *end* when the reader of standard output has gone, also while nothing is printed."""
-    fd = sys.stdout.fileno()
+    fd = exits.output().fileno()
     if not stat.S_ISFIFO(os.fstat(fd).st_mode):
         yield
         return

@@ -42,8 +42,12 @@ def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def run(*arguments: str, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> Ended:
     """Run the command to its end."""
+    return _ended(command(*arguments), stdin=stdin, env=env)
+
+
+def _ended(words: list[str], *, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> Ended:
     done = subprocess.run(
-        command(*arguments),
+        words,
         input=stdin,
         capture_output=True,
         env=environment(env),
@@ -51,6 +55,11 @@ def run(*arguments: str, stdin: bytes = b"", env: Mapping[str, str] | None = Non
         check=False,
     )
     return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def in_shell(*arguments: str, redirection: str) -> Ended:
+    """Run the command to its end with standard streams as a shell's *redirection* has them."""
+    return _ended(["sh", "-c", f'exec "$@" {redirection}', "sh", *command(*arguments)])
 
 
 class Started:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.cli.command import at, consume, publish, run, started
+from tests.cli.command import at, consume, in_shell, publish, run, started
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -209,3 +209,69 @@ def test_ctrl_c_ends_a_publish_with_its_summary(sidecar: Running, topic: str) ->
 
         assert command.wait() == 130
         assert said.startswith("published 1, interrupted in ")
+
+
+def test_a_line_beyond_what_can_be_sent_fails_alone(
+    sidecar: Running, topic: str, tmp_path: Path
+) -> None:
+    """It must not end the stream: its neighbours are published, and its number is told."""
+    file = tmp_path / "lines"
+    file.write_bytes(b"one\n" + b"x" * 30_000_000 + b"\n" + b"y" * 40_000_000 + b"\nfour\n")
+    ended = publish(sidecar, topic, "--raw", "--key", "k", "--file", str(file))
+    failures = [line.split(": ")[:2] for line in ended.err.splitlines()[:-1]]
+
+    assert ended.status == 1
+    assert failures == [["line 2", "EVENT_TOO_LARGE"], ["line 3", "EVENT_TOO_LARGE"]]
+    assert "published 2, failed 2 (2 EVENT_TOO_LARGE)" in ended.err
+    assert [line["event"]["data"] for line in consume(sidecar, topic, 2).lines] == ["one", "four"]
+
+
+def test_large_lines_are_sent_in_requests_that_the_sidecar_takes(
+    sidecar: Running, topic: str
+) -> None:
+    """Ten thousand events may be in a request, and these would be 40 MB of them."""
+    lines = (b"x" * 1_000_000 + b"\n") * 40
+    ended = publish(sidecar, topic, "--raw", "--quiet", "--batch", "10000", "-", stdin=lines)
+
+    assert ended.err.startswith("published 40 in ")
+    assert ended.status == 0
+
+
+# -- where there is nothing to read, or to write
+
+
+def test_a_directory_is_no_file_of_events(tmp_path: Path) -> None:
+    ended = run("publish", "orders", "--file", str(tmp_path))
+
+    assert ended.status == 64
+    assert "it is a directory" in ended.err
+
+
+def test_closed_standard_input_is_wrong_usage() -> None:
+    ended = in_shell("publish", "orders", "-", redirection="<&-")
+
+    assert ended.status == 64
+    assert "cannot read standard input: it is closed" in ended.err
+
+
+def test_nothing_is_published_whose_receipt_has_no_place_to_go(
+    sidecar: Running, topic: str
+) -> None:
+    ended = in_shell("publish", topic, "lost", *at(sidecar), redirection=">&-")
+    publish(sidecar, topic, "found")
+
+    assert (ended.status, ended.err) == (1, "cannot write to standard output: it is closed\n")
+    assert [line["event"]["data"] for line in consume(sidecar, topic, 1).lines] == ["found"]
+
+
+def test_quiet_needs_no_standard_output(sidecar: Running, topic: str) -> None:
+    ended = in_shell("publish", topic, "data", "--quiet", *at(sidecar), redirection=">&-")
+
+    assert ended.status == 0
+
+
+def test_receipts_that_cannot_be_written_are_told(sidecar: Running, topic: str) -> None:
+    ended = in_shell("publish", topic, "data", *at(sidecar), redirection=">/dev/full")
+
+    assert ended.status == 1
+    assert ended.err == "cannot write to standard output: No space left on device\n"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import pytest
+
 from sidecar import __version__
-from tests.cli.command import consume, name_of, publish, run, status
+from tests.cli.command import at, consume, in_shell, name_of, publish, run, status
 
 if TYPE_CHECKING:
     from tests.cli.command import Running
@@ -40,3 +42,13 @@ def test_status_is_json_for_programs(sidecar: Running, topic: str) -> None:
 
 def test_status_comes_over_tcp_too(sidecar: Running) -> None:
     assert run("status", "--address", sidecar.grpc_address).status == 0
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_a_status_that_cannot_be_written_is_told(
+    sidecar: Running, arguments: tuple[str, ...]
+) -> None:
+    ended = in_shell("status", *arguments, *at(sidecar), redirection=">/dev/full")
+
+    assert ended.status == 1
+    assert ended.err == "cannot write to standard output: No space left on device\n"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sidecar.client import Sidecar, SubscriptionSpec
-from tests.cli.command import at, consume, name_of, publish, run, started, status
+from tests.cli.command import at, consume, in_shell, name_of, publish, run, started, status
 
 if TYPE_CHECKING:
     from tests.cli.command import Running
@@ -112,3 +112,17 @@ def wait_active(sidecar: Running, name: str) -> None:
         if states.get(name) == "active":
             return
     raise TimeoutError(f"subscription {name} is not active")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "why"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")]
+)
+def test_what_cannot_be_printed_is_not_acked(
+    sidecar: Running, topic: str, redirection: str, why: str
+) -> None:
+    publish(sidecar, topic, "1")
+    options = ("--name", name_of(topic), "--count", "1", *at(sidecar))
+    ended = in_shell("subscribe", topic, *options, redirection=redirection)
+
+    assert (ended.status, ended.err) == (1, f"cannot write to standard output: {why}\n")
+    assert [line["event"]["data"] for line in consume(sidecar, topic, 1).lines] == [1]
