@@ -744,11 +744,10 @@ def _subscription_problems(
         )
     template = dead_letter.get("topic")
     elsewhere = dead_letter.get("broker") not in (None, subscription.get("broker"))
-    if isinstance(template, str) and not elsewhere and _comes_back(topic, template):
+    if isinstance(template, str) and not elsewhere and comes_back(topic, template):
         yield _Problem(
             ("dead_letter", "topic"),
-            f"{template!r} is part of {topic!r}, so that the subscription gets its own dead letters; "
-            'use a topic outside of it, as "dlq.{topic}", or another dead_letter.broker',
+            own_dead_letters(topic, template),
         )
 
 
@@ -768,7 +767,15 @@ def _may_match(route: dict[str, object], topic: str) -> bool:
     )
 
 
-def _comes_back(topic: str, template: str) -> bool:
+def own_dead_letters(topic: str, template: str) -> str:
+    return (
+        f"{template!r} is part of {topic!r}, so that the subscription gets its own dead letters; "
+        'use a topic outside of it, as "dlq.{topic}", or another dead_letter.broker'
+    )
+
+
+def comes_back(topic: str, template: str) -> bool:
+    """Dead letters on *template* are part of *topic*, which may be a pattern."""
     some = topic.replace("*", "any").replace(">", "any")
     return pattern_matcher(topic).fullmatch(template.replace("{topic}", some)) is not None
 

@@ -247,6 +247,11 @@ class Hub:
                 subscription=settings.name,
                 broker=name,
             )
+        template = settings.dead_letter.topic
+        if template and broker is source and config.comes_back(settings.topic, template):
+            raise InvalidRequest(
+                config.own_dead_letters(settings.topic, template), field="dead_letter_topic"
+            )
         return DeadLetters(
             settings,
             self._publisher,

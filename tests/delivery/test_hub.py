@@ -32,6 +32,7 @@ from tests.delivery.stage import (
     memory,
     numbers,
     running,
+    stored,
 )
 from tests.delivery.stage import event as make
 from tests.support.waiting import until
@@ -239,6 +240,39 @@ async def test_a_bad_description_says_what_is_wrong(
             sidecar.hub.describe(BILLING | described)
 
         assert sidecar.hub.all() == []
+
+
+@pytest.mark.parametrize(
+    ("topic", "template", "broker"),
+    [
+        ("orders.new", "{topic}", None),
+        ("orders.>", "{topic}", None),
+        ("orders.>", "orders.dead", "memory"),
+        (">", "dlq.{topic}", None),
+    ],
+)
+async def test_dead_letters_cannot_come_back_to_their_subscription(
+    topic: str, template: str, broker: str | None
+) -> None:
+    """Each would be delivered, fail, and be stored again."""
+    where = {"topic": template, "broker": broker}
+    async with running() as sidecar:
+        with pytest.raises(InvalidRequest, match="gets its own dead letters"):
+            sidecar.hub.describe(BILLING | {"topic": topic, "dead_letter": where})
+
+        assert sidecar.hub.all() == []
+
+
+async def test_on_another_broker_dead_letters_may_have_the_topic_of_the_events() -> None:
+    where = {"topic": "{topic}", "broker": "letters"}
+    async with running(memory("work"), memory("letters")) as sidecar:
+        await sidecar.publish("orders.new", make("1"))
+        app = sidecar.app(sidecar.subscription(dead_letter=where))
+        app.reject(await app.one())
+        (letter,) = await stored(sidecar.brokers["letters"], "orders.new", 1)
+
+    assert letter.event is not None
+    assert letter.event.id == "1"
 
 
 async def test_a_subscription_without_a_route_says_so() -> None:
