@@ -129,7 +129,7 @@ async def test_what_claims_to_be_an_event_and_is_none_comes_with_its_problem(
 
 @pytest.mark.needs("foreign")
 async def test_a_topic_that_is_not_text_holds_up_nothing(world: World, topic: str) -> None:
-    """Other clients may publish on subjects that are not UTF-8."""
+    """Other clients may publish on subjects that are not UTF-8: stored, it can be a dead letter."""
     broker = await world.sidecar()
     first = topic.partition(".")[0]
     source = await broker.subscribe(interest(f"{first}.>"))
@@ -142,7 +142,7 @@ async def test_a_topic_that_is_not_text_holds_up_nothing(world: World, topic: st
     writer.close()
     await writer.wait_closed()
     await publish(broker, topic, [event("good")])
-    bad, good = await take(source, 2, ack=True)
+    stored = [f"{first}.\ufffd\ufffd"] if broker.capabilities.redelivers else []
+    taken = await take(source, len(stored) + 1, ack=True)
 
-    assert bad.topic == f"{first}.\ufffd\ufffd"
-    assert good.topic == topic
+    assert [incoming.topic for incoming in taken] == [*stored, topic]
