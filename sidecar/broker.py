@@ -145,6 +145,16 @@ class Source(ABC):
     async def lag(self) -> int | None:
         """Events at the broker that were not fetched by anyone, or None. Raises BrokerUnavailable."""
 
+    async def stop(self, give_back: Sequence[Hashable]) -> None:
+        """
+        Receive no more (fetch is not called again), and give these back, untouched.
+
+        They, and behind them what had arrived and was not fetched, come again in this order. What
+        is released while more is being received would come back to where it was, in another
+        order. Ack, release and hold are good until close. Never raises; bounded by two seconds.
+        """
+        self.release(give_back)
+
     @abstractmethod
     async def close(self) -> None:
         """

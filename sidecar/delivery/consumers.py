@@ -29,6 +29,10 @@ class Consumer(Protocol):
     credit: int
     max_batch: int
 
+    @property
+    def takes_more(self) -> bool:
+        """What it got before is on its way to the app. Leases run from hand-over, so it must be."""
+
     def deliver(self, deliveries: Sequence[Delivery]) -> None:
         """Take a batch, at most `credit` and `max_batch`. Does not block or raise."""
 
@@ -46,6 +50,10 @@ class PullConsumer:
         self.over = asyncio.Event()
         """Something was taken, or it was closed."""
         self.why: Exception | None = None
+
+    @property
+    def takes_more(self) -> bool:
+        return True
 
     def deliver(self, deliveries: Sequence[Delivery]) -> None:
         self.credit = 0

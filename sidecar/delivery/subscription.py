@@ -39,6 +39,9 @@ IDLE_SECONDS = 1.0
 """Without a consumer for so long, what is held goes back to the broker, for another sidecar."""
 RETRY_SECONDS = (0.1, 5.0)
 """Pause before subscribing again: at first, and at most."""
+AWAY_SECONDS = 0.5
+LOG_SECONDS = 10.0
+"""Dead letters are logged this often, with their number."""
 WITH_THE_APP = frozenset({State.OUT, State.LEAVING})
 
 
@@ -90,6 +93,8 @@ class Subscription:
         self._next_consumer = 0
         self._tasks: asyncio.TaskGroup | None = None
         self._storing = 0
+        self._unlogged = 0
+        self._last_logged = -LOG_SECONDS
         self._last_used = 0.0
         self._stop = asyncio.Event()
 
@@ -118,7 +123,9 @@ class Subscription:
                     except SidecarError as error:
                         self._not_subscribed(error)
                         await self._sleep(pause)
-                        pause = min(pause * 2, RETRY_SECONDS[1])
+                        # To ask a broker that is away costs nothing, and it may be back any time.
+                        away = isinstance(error, BrokerUnavailable)
+                        pause = min(pause * 2, AWAY_SECONDS if away else RETRY_SECONDS[1])
                         continue
                     pause, known = RETRY_SECONDS[0], True
                     lost = await self._serve(source)
@@ -146,7 +153,8 @@ class Subscription:
 
     async def _somebody(self) -> bool:
         """Wait until somebody consumes; False when the drain came first."""
-        self._why_not = ""
+        if not self._consumed:
+            self._why_not = ""
         while not self._consumed:
             if self.draining:
                 return False
@@ -166,14 +174,15 @@ class Subscription:
                 lost = await self._work(source)
                 if lost is not None:
                     self._void()
-                elif self.draining:
-                    self._give_back(but=WITH_THE_APP)
-                    await self._settled()
+                else:
+                    await source.stop(self._taken_back(but=WITH_THE_APP))
+                    if self.draining:
+                        await self._settled()
                 hold.cancel()
         finally:
             # Also when the drain's time is up, which cancels us: what is left goes back now.
             self._flush_acks()
-            self._give_back()
+            source.release(self._taken_back())
             self.window.forget_acked()
             self._source = None
             await source.close()
@@ -274,14 +283,13 @@ class Subscription:
             self._wake.clear()
             await self._wake.wait()
 
-    def _give_back(self, *, but: Collection[State] = ()) -> None:
-        """Back to the broker, untouched or unsettled; none of it is counted as failed."""
+    def _taken_back(self, *, but: Collection[State] = ()) -> Sequence[Hashable]:
+        """What goes back to the broker, in its order; none of it is counted as failed."""
         out = self.window.out
-        given = self.window.give_back(but=but)
-        if given and self._source is not None:
-            self._source.release(handles(given))
+        given = handles(self.window.give_back(but=but))
         if out > self.window.out:
             self._facts.settled(Settled(self.settings.name, "released", out - self.window.out))
+        return given
 
     def _void(self) -> None:
         """The source is gone: handles mean nothing any more, and what was out will come again."""
@@ -291,7 +299,7 @@ class Subscription:
     def _revoked(self, identities: Sequence[Hashable]) -> None:
         """Another sidecar has these now; what the app still does with them does not count."""
         self.window.revoke(identities)
-        self._used = True
+        self._last_used = asyncio.get_running_loop().time()
         self._wake.set()
         self._dispatch_soon()
 
@@ -346,6 +354,10 @@ class Subscription:
         consumer.credit += more
         self._dispatch_soon()
 
+    def written(self, consumer: Consumer) -> None:
+        """A consumer that took no more takes more again."""
+        self._dispatch_soon()
+
     def _dispatch_soon(self) -> None:
         if not self._dispatch_due:
             self._dispatch_due = True
@@ -361,7 +373,7 @@ class Subscription:
         window = self.window
         now = asyncio.get_running_loop().time()
         lease_end = now + self.settings.lease_seconds
-        hungry = [consumer for consumer in self.consumers if consumer.credit > 0]
+        hungry = [c for c in self.consumers if c.credit > 0 and c.takes_more]
         while window.has_ready and hungry:
             share = -(-window.ready // len(hungry))
             self._next_consumer = first = (self._next_consumer + 1) % len(hungry)
@@ -374,7 +386,7 @@ class Subscription:
                     consumer.credit -= len(deliveries)
                     consumer.deliver(deliveries)
             # A pull takes one batch, so it has no credit left, whatever it got.
-            hungry = [consumer for consumer in hungry if consumer.credit > 0]
+            hungry = [c for c in hungry if c.credit > 0 and c.takes_more]
         self._arm()
         if window.room:
             self._wake.set()
@@ -544,10 +556,23 @@ class Subscription:
 
     def _stored(self, held: Held, reason: str) -> None:
         self._unstored = ""
+        self._log_dead_letter(reason)
         self._facts.dead_lettered(DeadLettered(self.settings.name, reason))
         if self.window.holds(held):
             self._ack(held)
             self._dispatch_soon()
+
+    def _log_dead_letter(self, reason: str) -> None:
+        self._unlogged += 1
+        now = asyncio.get_running_loop().time()
+        if now - self._last_logged >= LOG_SECONDS:
+            log.warning(
+                "subscription %s: %d dead letters stored, the last one: %s",
+                self.settings.name,
+                self._unlogged,
+                reason,
+            )
+            self._unlogged, self._last_logged = 0, now
 
     # -- operators
 

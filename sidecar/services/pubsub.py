@@ -21,7 +21,7 @@ from sidecar.v1 import pubsub_pb2 as pb
 from sidecar.wire import proto, status
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
     from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 
@@ -40,6 +40,9 @@ MAX_PULL_SECONDS = 300
 MAX_BATCH_EVENTS = 100
 STREAM_REQUESTS = 256
 """Publish requests of one stream under way at once."""
+UNWRITTEN_RESPONSES = 2
+MESSAGE_BYTES = 2 * 1024 * 1024
+"""Deliveries in one message: gRPC clients take 4 MiB unless told otherwise."""
 STREAM_RESPONSES = 256
 """Messages that may wait for a consumer that does not read, before we stop reading it."""
 
@@ -131,7 +134,9 @@ class PubSub:
         """
         first = await self._first(read)
         subscription = self.open(first.open)
-        consumer = StreamConsumer(first.open.max_batch_events or MAX_BATCH_EVENTS)
+        consumer = StreamConsumer(
+            first.open.max_batch_events or MAX_BATCH_EVENTS, subscription.written
+        )
         opened = proto.subscription_to(subscription.settings)
         opened.broker = subscription.broker.name
         await write(pb.SubscribeResponse(opened=opened))
@@ -200,23 +205,30 @@ class StreamConsumer:
     """
     What waits to be written to one Subscribe stream.
 
-    Bounded by the credit that was given, and by not reading on while too many rejected settlements
-    wait for a client that does not read.
+    Bounded for a client that does not read: it gets no more deliveries while some are unwritten,
+    whatever its credit, and its rejected settlements stop us reading it.
     """
 
-    def __init__(self, max_batch: int) -> None:
+    def __init__(self, max_batch: int, written: Callable[[StreamConsumer], None]) -> None:
+        """*written*: called when it takes more again."""
         self.credit = 0
         self.max_batch = max_batch
+        self._written = written
         self._queue: deque[pb.SubscribeResponse] = deque()
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
         self._ended: Exception | None = None
         self._finished = False
 
+    @property
+    def takes_more(self) -> bool:
+        return len(self._queue) < UNWRITTEN_RESPONSES
+
     def deliver(self, deliveries: Sequence[Delivery]) -> None:
-        response = pb.SubscribeResponse()
-        put_deliveries(response.deliveries, deliveries)
-        self._put(response)
+        for part in _parts(deliveries):
+            response = pb.SubscribeResponse()
+            put_deliveries(response.deliveries, part)
+            self._put(response)
 
     def reject(self, rejected: Sequence[tuple[str, SidecarError | None]]) -> None:
         self._put(pb.SubscribeResponse(rejected_settlements=proto.settle_results_to(rejected)))
@@ -246,6 +258,8 @@ class StreamConsumer:
         while True:
             while self._queue:
                 await write(self._queue.popleft())
+                if len(self._queue) == UNWRITTEN_RESPONSES - 1:
+                    self._written(self)
             self._emptied.set()
             if self._ended is not None:
                 raise self._ended
@@ -326,6 +340,17 @@ class PublishStream:
                 return
             self._answered.clear()
             await self._answered.wait()
+
+
+def _parts(deliveries: Sequence[Delivery]) -> Iterator[Sequence[Delivery]]:
+    """Messages that every gRPC client takes, unless one event alone is larger."""
+    begin = size = 0
+    for index, delivery in enumerate(deliveries):
+        size += delivery.event.size
+        if size > MESSAGE_BYTES and index > begin:
+            yield deliveries[begin:index]
+            begin, size = index, delivery.event.size
+    yield deliveries[begin:]
 
 
 def put_deliveries(

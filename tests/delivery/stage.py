@@ -191,6 +191,7 @@ class App:
         self.subscription = subscription
         self.credit = credit
         self.max_batch = max_batch
+        self.takes_more = True
         self.batches: list[int] = []
         self.why: Exception | None = None
         self.waiting: list[Delivery] = []

@@ -44,8 +44,14 @@ class Attempts:
         self._then: dict[str, list[Callable[[], None]]] = {}
         connection.on_live.append(self._write_waiting)
 
+    async def make(self) -> None:
+        """Make the bucket, so that the first failure is written at once. Raises BrokerUnavailable."""
+        if not self._made:
+            answer = await self._connection.call(f"$JS.API.STREAM.CREATE.{STREAM}", _BUCKET)
+            self._made = answer.get("error", {}).get("err_code", 0) in {0, _EXISTS}
+
     def record(self, key: str, attempts: int) -> None:
-        """Write without waiting; the bucket is made when the first one comes."""
+        """Write without waiting; the bucket is made anew if somebody deleted it."""
         self.waiting[key] = attempts
         self._write([key])
 

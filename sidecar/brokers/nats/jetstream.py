@@ -202,6 +202,7 @@ class JetStreamBroker(Broker):
 
     async def subscribe(self, interest: Interest) -> Source:
         streams = await self._streams_of(interest.topic)
+        await self._attempts.make()
         feeds = [await self._feed(stream, interest) for stream in streams]
         later = Interest(interest.name, interest.topic, interest.max_in_flight)
 

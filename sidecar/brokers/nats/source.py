@@ -461,6 +461,35 @@ class StreamSource(Source):
             lag += info["num_pending"]
         return lag
 
+    async def stop(self, give_back: Sequence[Hashable]) -> None:
+        keys, self._keys = self._keys, []
+        if keys:
+            # The first is the inbox. What the server sends until it knows is still buffered.
+            await self._connection.unsubscribe(keys[0], seconds=_CLOSE_SECONDS)
+            for key in keys[1:]:
+                await self._connection.unsubscribe(key, seconds=0)
+        left = [*give_back, *(frame[1] for frame in self._buffer)]
+        self._buffer.clear()
+        try:
+            if left:
+                await self._end_pulls(left[0])
+        finally:
+            self.release(left[1:])
+
+    async def _end_pulls(self, first: Hashable) -> None:
+        """
+        Give back the first event, and wait until its consumer has tried to send it to us.
+
+        Non-obvious: only then the server notices that our pulls have no listener, and puts the
+        event behind all that are given back. So it must be the only one.
+        """
+        self.release([first])
+        for feed in self._feeds:
+            try:
+                await self._info(feed)
+            except BrokerUnavailable:
+                return
+
     async def close(self) -> None:
         connection = self._connection
         if self._on_live in connection.on_live:
@@ -468,14 +497,7 @@ class StreamSource(Source):
             connection.on_lost.remove(self._forget_pulls)
             connection.on_closed.remove(self._on_closed)
         self._lose("closed")
-        keys, self._keys = self._keys, []
-        if keys:
-            # The first is the inbox. What the server sends until it knows is given back as well.
-            await connection.unsubscribe(keys[0], seconds=_CLOSE_SECONDS)
-            for key in keys[1:]:
-                await connection.unsubscribe(key, seconds=0)
-        self.release([frame[1] for frame in self._buffer])
-        self._buffer.clear()
+        await self.stop(())
         await self._attempts.stored(_CLOSE_SECONDS)
         await connection.flushed(_CLOSE_SECONDS)
 
