@@ -115,7 +115,7 @@ async def test_the_stream_of_a_new_topic_is_made_and_its_first_events_keep_their
 
     assert [r.position and r.position.sequence for r in receipts] == list(range(1, 1001))
     assert ids(taken) == numbers(1000)
-    assert names == ["orders"]
+    assert [name for name in names if not name.startswith("KV_")] == ["orders"]
     assert config["subjects"] == ["orders", "orders.>"]
     assert config["duplicate_window"] == 120 * 10**9
 

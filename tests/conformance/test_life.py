@@ -148,8 +148,16 @@ async def test_a_broker_that_cannot_reach_its_server_says_so(world: World, topic
 
 @pytest.mark.needs("server")
 async def test_closing_is_bounded_when_the_server_hangs(world: World, topic: str) -> None:
+    """Also when there is something to give back: events that were fetched, and that were not."""
     broker = await world.sidecar()
     source = await broker.subscribe(interest(topic))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):  # asks for ten, and takes none
+            await source.fetch(10)
+    await publish(broker, topic, events(range(10)))
+    taken = await take(source, 3)
+    source.failed(taken[0].handle, 1)
+    source.release([i.handle for i in taken])
     world.harness.pause()
     async with asyncio.timeout(2.5):
         await source.close()
