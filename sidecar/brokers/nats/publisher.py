@@ -14,7 +14,7 @@ from sidecar.event import Durability, Event, Outcome, Position, Receipt
 from sidecar.wire import nats as binding
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from sidecar.brokers.nats.connection import Connection
 
@@ -119,6 +119,7 @@ class StreamPublisher:
         self._prefix = len(self._inbox) + 1
         self._opened = False
         self._next = 0
+        self._outbox: list[bytes] = []
         self._unacked: dict[int, tuple[_Batch, int, bytes]] = {}
         self._held: dict[str, _Hold] = {}
         connection.on_live.append(self._send_again)
@@ -174,8 +175,24 @@ class StreamPublisher:
         elif not events:
             future.set_result(())
         if topic not in self._held:
-            self._connection.write(b"".join(frames))
+            self._write(frames)
         return future
+
+    def _write(self, frames: Iterable[bytes]) -> None:
+        """
+        Write in this turn of the loop, together with what others publish in it.
+
+        A write costs a system call and many of them one each; 64 callers of one event share it.
+        What cannot be written stays unanswered, and is written again with all else.
+        """
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outbox.extend(frames)
+
+    def _flush(self) -> None:
+        outbox, self._outbox = self._outbox, []
+        if outbox:
+            self._connection.write(b"".join(outbox))
 
     def _forget(self, done: asyncio.Future[Sequence[Outcome]], first: int, end: int) -> None:
         if done.cancelled():
@@ -249,7 +266,7 @@ class StreamPublisher:
             hold.written = self._next
             # Non-obvious: its answer may never come, as when the asked event is given up meanwhile.
             hold.later(ANSWER_SECONDS, lambda: self._look(topic, hold))
-            self._connection.write(b"".join(self._waiting(topic)))
+            self._write(self._waiting(topic))
         elif error.retryable:
             hold.later(PAUSE_SECONDS, lambda: self._look(topic, hold))
         else:
@@ -261,7 +278,7 @@ class StreamPublisher:
         if hold is not None:
             self._release(topic)
             first = hold.written if hold.asking else 0
-            self._connection.write(b"".join(self._waiting(topic, first)))
+            self._write(self._waiting(topic, first))
 
     def _waiting(self, topic: str, first: int = 0) -> list[bytes]:
         """The unanswered events of a topic, from a number on, as frames in order."""
@@ -296,6 +313,7 @@ class StreamPublisher:
             ):
                 del self._unacked[number]
                 batch.put(index, too_large(size, limit, self._broker))
+        self._outbox.clear()  # it is a part of these
         if self._unacked:
             self._connection.write(b"".join(frame for _, _, frame in self._unacked.values()))
 
