@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ WINDOW = 32
 DATA = b"x" * 1024
 QUIET_SECONDS = 35.0
 """Longer than the ack wait: what comes again has come by then."""
+LATE_SECONDS = 25.0
+"""Later than this after the disturbance is what its ack wait, 30 s, held back."""
 CONFIG = """
 [brokers.work]
 type = "jetstream"
@@ -44,9 +47,9 @@ max_in_flight = 1000
 
 @dataclass
 class View:
-    """What one consumer saw: (number of the event, its attempt), in order."""
+    """What one consumer saw: (number of the event, loop time), in order."""
 
-    seen: list[tuple[int, int]] = field(default_factory=list)
+    seen: list[tuple[int, float]] = field(default_factory=list)
 
 
 @dataclass
@@ -58,52 +61,56 @@ class Report:
     failed: Counter[str]
     views: dict[str, View]
     duplicate_receipts: int
-    may_redeliver: bool
+    disturbed_at: float | None
 
     def __post_init__(self) -> None:
         counts = Counter(number for view in self.views.values() for number, _ in view.seen)
         self.missing = self.acknowledged - counts.keys()
         self.unknown = counts.keys() - self.acknowledged
         self.again = sum(count - 1 for count in counts.values())
-        self.again_as_retry = sum(a > 1 for view in self.views.values() for _, a in view.seen)
-        self.disorder = {name: _disorder(view) for name, view in self.views.items()}
+        late_from = math.inf if self.disturbed_at is None else self.disturbed_at + LATE_SECONDS
+        self.late = sum(t >= late_from for view in self.views.values() for _, t in view.seen)
+        self.disorder = {name: _disorder(view, late_from) for name, view in self.views.items()}
 
     @property
     def holds(self) -> bool:
         return (
             not self.missing
             and not any(self.disorder.values())
-            and (self.may_redeliver or (self.again == 0 and len(self.acknowledged) == self.events))
+            and (
+                self.disturbed_at is not None
+                or (self.again == 0 and len(self.acknowledged) == self.events)
+            )
         )
 
     def text(self) -> str:
         seen = {name: len(view.seen) for name, view in self.views.items()}
+        again = f"delivered again: {self.again} (given again after the ack wait: {self.late}; "
         lines = (
-            (
-                f"published {self.events}, acknowledged {len(self.acknowledged)}, failed "
-                f"{dict(self.failed)}, receipts marked duplicate {self.duplicate_receipts}"
-            ),
+            f"published {self.events}, acknowledged {len(self.acknowledged)}",
+            f"failed {dict(self.failed)}, receipts marked duplicate {self.duplicate_receipts}",
             f"deliveries by sidecar {seen}",
             f"acknowledged and missing: {len(self.missing)}",
-            (
-                f"delivered again: {self.again} (deliveries with attempt > 1: {self.again_as_retry}; "
-                f"delivered, never acknowledged: {len(self.unknown)})"
-            ),
-            f"first deliveries of a key out of order: {self.disorder}",
+            again + f"delivered, never acknowledged: {len(self.unknown)})",
+            f"out of order, but for those given again: {self.disorder}",
             "HOLDS" if self.holds else "DOES NOT HOLD",
         )
         return "\n".join(f"   {line}" for line in lines)
 
 
-def _disorder(view: View) -> int:
-    """First deliveries that came behind a later event of their key. Retries are looked at apart."""
+def _disorder(view: View, late_from: float) -> int:
+    """
+    Deliveries that came behind a later event of their key, but for those that came late.
+
+    Late is what the broker gave again after its ack wait: what a sidecar that is gone had, or
+    whose ack was lost. Its successors may have been handled meanwhile, by whoever got them.
+    """
     newest: dict[int, int] = defaultdict(lambda: -1)
     wrong = 0
-    for number, attempt in view.seen:
+    for number, when in view.seen:
         key = number % KEYS
-        if attempt == 1:
-            wrong += number < newest[key]
-            newest[key] = max(newest[key], number)
+        wrong += number < newest[key] and when < late_from
+        newest[key] = max(newest[key], number)
     return wrong
 
 
@@ -121,6 +128,7 @@ class Drill:
         self.duplicates = 0
         self.views = {name: View() for name in sidecars}
         self.last_delivery = 0.0
+        self.disturbed_at = 0.0
 
     async def run(self, disturb: Callable[[Drill], Coroutine[None, None, None]] | None) -> Report:
         async with asyncio.TaskGroup() as tasks:
@@ -138,13 +146,14 @@ class Drill:
             self.failed,
             self.views,
             self.duplicates,
-            may_redeliver=disturb is not None,
+            disturbed_at=self.disturbed_at if disturb else None,
         )
 
     async def half(self) -> None:
         """Wait until half of the events are published."""
         while len(self.acknowledged) < self.events // 2:
             await asyncio.sleep(0.01)
+        self.disturbed_at = asyncio.get_running_loop().time()
 
     async def _all_seen(self, quiet: float) -> None:
         """Until everything acknowledged was delivered and nothing came for *quiet* seconds."""
@@ -210,8 +219,8 @@ class Drill:
         view, loop = self.views[name], asyncio.get_running_loop()
         while (message := await call.read()) is not grpc.aio.EOF:
             for delivery in message.deliveries:
-                view.seen.append((int(delivery.event.id), delivery.attempt))
                 self.last_delivery = loop.time()
+                view.seen.append((int(delivery.event.id), self.last_delivery))
             if message.deliveries:
                 await call.write(
                     pb.SubscribeRequest(
