@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
-from sidecar.event import pattern_matcher
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
@@ -66,9 +64,6 @@ class Interest(msgspec.Struct, frozen=True):
     max_in_flight: int
     """Events that the sidecar holds at most: never prefetch more."""
     start: Start = Start()
-
-    def matches(self, topic: str) -> bool:
-        return pattern_matcher(self.topic).fullmatch(topic) is not None
 
 
 class Incoming(msgspec.Struct, frozen=True):

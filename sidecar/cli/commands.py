@@ -17,7 +17,7 @@ _CLIENT: Final = "Talk to a sidecar that runs"
 
 app = typer.Typer(
     name="sidecar",
-    help="Publish and consume events over NATS and Kafka from any language.",
+    help="Publish and consume events over NATS and JetStream from any language.",
     epilog="Start with: sidecar run, and in another terminal: "
     "sidecar publish orders.created '{\"order\": 1}'",
     no_args_is_help=True,
