@@ -381,6 +381,9 @@ def make_brokers(config: Config, embedded: tuple[str, str] | None) -> Mapping[st
         if isinstance(broker, settings.Memory):
             brokers[name] = MemoryBroker(name, broker)
             continue
+        if isinstance(broker, settings.Kafka):
+            brokers[name] = _kafka(name, broker, config)
+            continue
         own = embedded if broker.embedded else None
         client_name = f"{config.app.name} sidecar"
         if isinstance(broker, settings.JetStream):
@@ -388,6 +391,20 @@ def make_brokers(config: Config, embedded: tuple[str, str] | None) -> Mapping[st
         else:
             brokers[name] = NatsBroker(name, broker, client_name=client_name, embedded=own)
     return brokers
+
+
+def _kafka(name: str, broker: settings.Kafka, config: Config) -> Broker:
+    from sidecar.brokers.kafka.broker import KafkaBroker  # noqa: PLC0415 - librdkafka, if used
+
+    publishing = config.publishing
+    return KafkaBroker(
+        name,
+        broker,
+        client_name=config.app.name,
+        max_event_bytes=config.limits.max_event_bytes,
+        max_pending=(publishing.max_pending_events, publishing.max_pending_bytes),
+        timeout_seconds=publishing.timeout_seconds,
+    )
 
 
 async def try_brokers(config: Config) -> list[tuple[str, str | None]]:

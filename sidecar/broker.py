@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from sidecar.event import Durability, Event, Outcome, Position
 
@@ -31,6 +31,9 @@ class Capabilities(msgspec.Struct, frozen=True):
     """How many events a subscription has not fetched is known."""
     dead_letters: bool
     """Keeps dead letters: an event stored with nobody subscribed is still there later."""
+    deals: bool
+    """Deals the events of a subscription out to sidecars one by one, as each has room; else each
+    sidecar has partitions to itself."""
 
 
 class BrokerState(msgspec.Struct, frozen=True):
@@ -107,12 +110,13 @@ class Source(ABC):
         """These events are done; the broker need not keep them for this subscription."""
 
     @abstractmethod
-    def failed(self, handle: Hashable, attempts: int) -> None:
+    def failed(self, handle: Hashable, attempts: int) -> asyncio.Future[None] | None:
         """
         A delivery of this event failed; *attempts* have so far. It will be handed out again.
 
-        Recorded where another sidecar that gets the event sees it, if the broker can. Before the
-        event comes again, and never for what was only fetched.
+        Recorded where another sidecar that gets the event sees it, if the broker can; never for
+        what was only fetched. The future is done when it is recorded, or cannot be any more: the
+        app may not get the event again before. None: there is nothing to wait for.
         """
 
     @abstractmethod
@@ -122,6 +126,16 @@ class Source(ABC):
     @abstractmethod
     def hold(self, handles: Sequence[Hashable]) -> None:
         """We still have these: keep them from being handed to others. Called every few seconds."""
+
+    on_leaving: Callable[[Sequence[Hashable]], asyncio.Future[None] | None] = staticmethod(
+        lambda _identities: None
+    )
+    """
+    Told of events, by identity, that are to be another sidecar's; set by the owner.
+
+    It hands out no more of them, and what the app has of them may be settled until the future is
+    done, which is soon. None: the app has none.
+    """
 
     on_revoked: Callable[[Sequence[Hashable]], None] = staticmethod(lambda _identities: None)
     """Told of events, by identity, that are another sidecar's from now on; set by the owner."""
@@ -139,6 +153,10 @@ class Source(ABC):
     @abstractmethod
     async def lag(self) -> int | None:
         """Events at the broker that were not fetched by anyone, or None. Raises BrokerUnavailable."""
+
+    async def lag_by_partition(self) -> Mapping[tuple[str, int], int]:
+        """The same by topic and partition, where the broker has partitions. Raises BrokerUnavailable."""
+        return {}
 
     async def stop(self, give_back: Sequence[Hashable]) -> None:
         """
@@ -201,6 +219,8 @@ class Broker(ABC):
         over a reconnect. The future never fails because of one bad event, and each receipt's
         durability has been reached. While the broker is away events wait, so bound them, and cancel
         the future when their time is up: they are then sent no more, but may have arrived before.
+        (What a client library has in its hands when the broker goes away may still arrive until
+        the configured time-out.)
 
         *broker_ids* replace (source, id) as what the broker tells duplicates by.
         """

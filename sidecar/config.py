@@ -157,6 +157,16 @@ def _server(value: str) -> str:
     return value
 
 
+def _bootstrap_server(value: str) -> str:
+    try:
+        _, port = split_address(value)
+    except ValueError:
+        port = 0
+    if not port:
+        raise ValueError('is not a server of Kafka; one looks like "kafka:9092"')
+    return value
+
+
 def _start(value: object) -> object:
     if isinstance(value, dt.date):  # TOML has times of its own
         value = value.isoformat()
@@ -184,11 +194,81 @@ def _limit(value: int) -> int:
     return value
 
 
+def _copies(value: int) -> int:
+    if value == 0:
+        raise ValueError("must not be 0; use -1 for what the broker is set to")
+    return value
+
+
 def _at_least(other: str, value: _Number, info: ValidationInfo) -> _Number:
     least = info.data.get(other)
     if least is not None and value < least:
         raise ValueError(f"{value} is less than {other}; use at least {least}")
     return value
+
+
+_KAFKA_KEYS = {
+    "bootstrap.servers": "bootstrap_servers",
+    "metadata.broker.list": "bootstrap_servers",
+    "client.id": "app.name",
+    "security.protocol": "tls and sasl_mechanism",
+    "ssl.ca.location": "tls_ca_file",
+    "ssl.certificate.location": "tls_certificate_file",
+    "ssl.key.location": "tls_key_file",
+    "sasl.mechanism": "sasl_mechanism",
+    "sasl.mechanisms": "sasl_mechanism",
+    "sasl.username": "user",
+    "sasl.password": "password",
+    "sasl.oauthbearer.client.id": "user",
+    "sasl.oauthbearer.client.secret": "password",
+    "sasl.oauthbearer.token.endpoint.url": "oauth_token_url",
+    "sasl.oauthbearer.scope": "oauth_scope",
+    "compression.type": "compression",
+    "compression.codec": "compression",
+    "linger.ms": "linger_seconds",
+    "queue.buffering.max.ms": "linger_seconds",
+    "message.max.bytes": "limits.max_event_bytes",
+    "message.timeout.ms": "publishing.timeout_seconds",
+    "delivery.timeout.ms": "publishing.timeout_seconds",
+    "queue.buffering.max.messages": "publishing.max_pending_events",
+    "queue.buffering.max.kbytes": "publishing.max_pending_bytes",
+    "group.id": "the subscription's name",
+    "group.protocol": "group_protocol",
+    "session.timeout.ms": "session_timeout_seconds",
+    "auto.offset.reset": "the subscription's start",
+    "allow.auto.create.topics": "auto_create_topics",
+}
+"""Settings of librdkafka that have a key of ours."""
+_KAFKA_PROMISES = {
+    "acks": "a receipt says that the event is stored on all replicas that are in sync",
+    "request.required.acks": "a receipt says that the event is stored on all replicas in sync",
+    "enable.idempotence": "events are stored once and in order, also when a request is repeated",
+    "max.in.flight": "events are stored in order, which needs few requests under way",
+    "max.in.flight.requests.per.connection": "events are stored in order",
+    "enable.auto.commit": "an event is done when the app acked it, not before",
+    "auto.commit.interval.ms": "an event is done when the app acked it, not before",
+    "enable.auto.offset.store": "an event is done when the app acked it, not before",
+    "offset.store.method": "an event is done when the app acked it, not before",
+    "partition.assignment.strategy": "sidecars share a subscription by cooperative rebalancing",
+    "group.instance.id": "each sidecar is a member of its own",
+    "transactional.id": "publishing is not transactional",
+    "enable.partition.eof": "what is fetched are events",
+    "delivery.report.only.error": "each event gets its receipt",
+}
+"""Settings of librdkafka that would break a promise, and which."""
+
+
+def _kafka_options(options: dict[str, object]) -> dict[str, object]:
+    problems = []
+    for name in options:
+        if name in _KAFKA_KEYS:
+            problems.append(f"{name!r} is set by {_KAFKA_KEYS[name]}; use that")
+        elif name in _KAFKA_PROMISES or name.endswith("_cb"):
+            why = _KAFKA_PROMISES.get(name, "callbacks are the sidecar's own")
+            problems.append(f"{name!r} is the sidecar's own: {why}; leave it out")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return options
 
 
 def _read_secret(path: str) -> str:
@@ -205,6 +285,7 @@ def _read_secret(path: str) -> str:
 
 
 _DAY = 86400
+Scalar: TypeAlias = str | int | float | bool
 Name = Annotated[str, AfterValidator(_name)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 TypePattern = Annotated[str, AfterValidator(_type_pattern)]
@@ -216,6 +297,7 @@ Seconds = Annotated[float, Field(gt=0, le=365 * _DAY)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Bytes = Annotated[int, Field(ge=1024, le=2**40)]
 Limit = Annotated[int, Field(ge=-1, lt=2**63), AfterValidator(_limit)]
+BootstrapServer = Annotated[str, AfterValidator(_bootstrap_server)]
 
 
 # -- the tables
@@ -306,7 +388,32 @@ class Memory(Settings):
     duplicate_window_seconds: Seconds = 120
 
 
-class NatsConnection(Settings):
+class Secrets(Settings):
+    """A table with secrets, each given as itself or as `<name>_file`."""
+
+    @field_validator("password_file", "token_file", check_fields=False)
+    @classmethod
+    def _one_readable_secret(cls, path: str, info: ValidationInfo) -> str:
+        field = (info.field_name or "").removesuffix("_file")
+        if path and info.data.get(field):
+            raise ValueError(f"{field} is set as well; keep one of them")
+        if path:
+            _read_secret(path)
+        return path
+
+    def secret(self, field: Literal["password", "token"]) -> str:
+        """The secret's value; from a file, what the file holds now. Raises ConfigInvalid."""
+        path: str = getattr(self, f"{field}_file")
+        if not path:
+            value: SecretStr = getattr(self, field)
+            return value.get_secret_value()
+        try:
+            return _read_secret(path)
+        except ValueError as error:
+            raise ConfigInvalid([f"{field}_file: {error}"]) from error
+
+
+class NatsConnection(Secrets):
     """What both NATS drivers need to connect."""
 
     servers: Annotated[list[Server], Field(max_length=100)] = []
@@ -332,27 +439,6 @@ class NatsConnection(Settings):
                 'there is no server; set this to true, or name servers, as ["nats://host:4222"]'
             )
         return embedded
-
-    @field_validator("password_file", "token_file")
-    @classmethod
-    def _one_readable_secret(cls, path: str, info: ValidationInfo) -> str:
-        field = (info.field_name or "").removesuffix("_file")
-        if path and info.data.get(field):
-            raise ValueError(f"{field} is set as well; keep one of them")
-        if path:
-            _read_secret(path)
-        return path
-
-    def secret(self, field: Literal["password", "token"]) -> str:
-        """The secret's value; from a file, what the file holds now. Raises ConfigInvalid."""
-        path: str = getattr(self, f"{field}_file")
-        if not path:
-            value: SecretStr = getattr(self, field)
-            return value.get_secret_value()
-        try:
-            return _read_secret(path)
-        except ValueError as error:
-            raise ConfigInvalid([f"{field}_file: {error}"]) from error
 
 
 class Nats(NatsConnection):
@@ -387,12 +473,74 @@ class JetStream(NatsConnection):
     streams: list[Stream] = []
 
 
-BrokerSettings = Annotated[Memory | Nats | JetStream, Field(discriminator="type")]
+class Kafka(Secrets):
+    type: Literal["kafka"]
+    bootstrap_servers: Annotated[list[BootstrapServer], Field(min_length=1, max_length=100)]
+    tls: bool = False
+    tls_ca_file: str = ""
+    tls_certificate_file: str = ""
+    tls_key_file: str = ""
+    sasl_mechanism: Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = ""
+    user: str = ""
+    password: SecretStr = SecretStr("")
+    password_file: str = ""
+    oauth_token_url: str = ""
+    oauth_scope: str = ""
+    connect_timeout_seconds: Seconds = 5
+    content_mode: Literal["binary", "structured"] = "binary"
+    compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = "lz4"
+    linger_seconds: Annotated[float, Field(ge=0, le=10)] = 0.001
+    auto_create_topics: bool = False
+    topic_partitions: Annotated[int, Field(ge=-1, le=100_000), AfterValidator(_copies)] = -1
+    topic_replication: Annotated[int, Field(ge=-1, le=100), AfterValidator(_copies)] = -1
+    topic_settings: dict[str, Scalar] = {}
+    new_topics_seconds: Annotated[float, Field(ge=0.1, le=_DAY)] = 10
+    group_protocol: Literal["auto", "classic", "consumer"] = "auto"
+    session_timeout_seconds: Annotated[float, Field(ge=1, le=1800)] = 10
+    options: Annotated[dict[str, Scalar], AfterValidator(_kafka_options)] = {}
+
+    @field_validator("tls_ca_file", "tls_certificate_file", "tls_key_file")
+    @classmethod
+    def _is_for_tls(cls, path: str, info: ValidationInfo) -> str:
+        if path and not info.data.get("tls", True):
+            raise ValueError("tls is false, so it would not be used; set tls = true")
+        if path and not Path(path).is_file():
+            raise ValueError(f"there is no file {shown(path)}; name one")
+        return path
+
+    @field_validator("tls_key_file")
+    @classmethod
+    def _key_of_a_certificate(cls, path: str, info: ValidationInfo) -> str:
+        if bool(path) != bool(info.data.get("tls_certificate_file", path)):
+            raise ValueError("a certificate and its key belong together; set both, or none")
+        return path
+
+    @field_validator("user")
+    @classmethod
+    def _somebody(cls, user: str, info: ValidationInfo) -> str:
+        mechanism = info.data.get("sasl_mechanism")
+        if mechanism and not user:
+            raise ValueError(f"{mechanism} needs one; set it, or leave out sasl_mechanism")
+        if user and mechanism == "":
+            raise ValueError("sasl_mechanism is not set, so it would not be used; set both")
+        return user
+
+    @field_validator("oauth_token_url")
+    @classmethod
+    def _where_tokens_are(cls, url: str, info: ValidationInfo) -> str:
+        if bool(url) != (info.data.get("sasl_mechanism") == "OAUTHBEARER"):
+            raise ValueError('goes with sasl_mechanism = "OAUTHBEARER"; set both, or none')
+        return url
+
+
+BrokerSettings = Annotated[Memory | Nats | JetStream | Kafka, Field(discriminator="type")]
 _BROKER_TYPES: dict[object, type[Settings]] = {
     "memory": Memory,
     "nats": Nats,
     "jetstream": JetStream,
+    "kafka": Kafka,
 }
+STORING_TYPES = frozenset({"memory", "jetstream", "kafka"})
 
 
 class Route(Settings):
@@ -736,8 +884,8 @@ def _subscription_problems(
     named = [table["broker"] for table in (dead_letter, subscription) if "broker" in table]
     broker = named[0] if named else _routed(topic, routes)
     if isinstance(broker, str) and types.get(broker) == "nats":
-        storing = [name for name, type_ in types.items() if type_ in {"memory", "jetstream"}]
-        way_out = f"use {_list(storing)}" if storing else "add one, of type jetstream"
+        storing = [name for name, type_ in types.items() if type_ in STORING_TYPES]
+        way_out = f"use {_list(storing)}" if storing else "add one, of type jetstream or kafka"
         yield _Problem(
             ("dead_letter", "broker"),
             f"dead letters need a broker that stores, and {broker!r} is core NATS; {way_out}",

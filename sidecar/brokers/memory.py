@@ -33,6 +33,7 @@ class MemoryBroker(Broker):
         seeks=True,
         lag=True,
         dead_letters=True,
+        deals=True,
     )
 
     def __init__(self, name: str, settings: Settings) -> None:

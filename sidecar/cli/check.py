@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from sidecar.cli import configuration, exits
-from sidecar.config import Config, NatsConnection
+from sidecar.config import Config, Kafka, NatsConnection
 from sidecar.errors import ConfigInvalid
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def _print(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def _broker(broker: BrokerSettings) -> str:
+    if isinstance(broker, Kafka):
+        return f"{broker.type} at {', '.join(broker.bootstrap_servers)}"
     if not isinstance(broker, NatsConnection):
         return broker.type
     if broker.embedded:

@@ -42,7 +42,21 @@ RETRY_SECONDS = (0.1, 5.0)
 AWAY_SECONDS = 0.5
 LOG_SECONDS = 10.0
 """Dead letters are logged this often, with their number."""
+PARTING_SECONDS = 3.0
+"""So long a partition that is to be another sidecar's waits for the app to settle what it has."""
 WITH_THE_APP = frozenset({State.OUT, State.LEAVING})
+
+
+class Parting:
+    """Events that are to be another sidecar's, and that the app has."""
+
+    def __init__(self, staying: Sequence[Held], done: asyncio.Future[None]) -> None:
+        self.staying = staying
+        self.done = done
+
+    def over(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
 
 
 class Subscription:
@@ -91,6 +105,7 @@ class Subscription:
         self._timer_due = 0.0
         self._wake = asyncio.Event()
         self._next_consumer = 0
+        self._partings: list[Parting] = []
         self._tasks: asyncio.TaskGroup | None = None
         self._storing = 0
         self._unlogged = 0
@@ -165,6 +180,7 @@ class Subscription:
     async def _serve(self, source: Source) -> SidecarError | None:
         """Work with *source* until nobody consumes, it is lost (the error), or we drain."""
         self._source = source
+        source.on_leaving = self._leaving
         source.on_revoked = self._revoked
         self._why_not = ""
         lost: SidecarError | None = None
@@ -296,6 +312,31 @@ class Subscription:
         self._acks.clear()
         self.window.clear()
 
+    def _leaving(self, identities: Sequence[Hashable]) -> asyncio.Future[None] | None:
+        """Another sidecar is to have these: the app may settle what it has of them, for a moment."""
+        staying = self.window.revoke(identities, but=WITH_THE_APP)
+        self._wake.set()
+        self._dispatch_soon()
+        if not staying:
+            return None
+        loop = asyncio.get_running_loop()
+        parting = Parting(staying, loop.create_future())
+        self._partings.append(parting)
+        loop.call_later(PARTING_SECONDS, parting.over)
+        return parting.done
+
+    def _part(self) -> None:
+        """What the app settled of what is leaving is not tried again here."""
+        for parting in self._partings:
+            settled = [held for held in parting.staying if held.state not in WITH_THE_APP]
+            self.window.revoke([held.incoming.identity for held in settled])
+            parting.staying = [
+                h for h in parting.staying if h.state in WITH_THE_APP and self.window.holds(h)
+            ]
+            if not parting.staying:
+                parting.over()
+        self._partings = [parting for parting in self._partings if not parting.done.done()]
+
     def _revoked(self, identities: Sequence[Hashable]) -> None:
         """Another sidecar has these now; what the app still does with them does not count."""
         self.window.revoke(identities)
@@ -368,6 +409,8 @@ class Subscription:
         self._dispatch_due = False
         if self._acks:
             self._flush_acks()
+        if self._partings:
+            self._part()
         if self.paused or self.draining:
             return
         window = self.window
@@ -503,8 +546,9 @@ class Subscription:
         policy = self.settings.retry
         if not held.first_failed:
             held.first_failed = now_ns()
+        recorded = None
         if not uncounted and self._source is not None:
-            self._source.failed(held.incoming.handle, held.attempt)
+            recorded = self._source.failed(held.incoming.handle, held.attempt)
         if not uncounted and used_up(held.attempt, policy):
             self._bury(held, reason, error)
             return
@@ -515,7 +559,14 @@ class Subscription:
         if delay is None:
             delay = delay_before(held.attempt + 1, policy, self._spread)
         at = asyncio.get_running_loop().time() + delay
-        self.window.retry(held, at, uncounted=uncounted)
+        known = recorded is None or recorded.done()
+        self.window.retry(held, at, uncounted=uncounted, recorded=known)
+        if recorded is not None and not known:
+            recorded.add_done_callback(lambda _: self._recorded(held))
+        self._arm()
+
+    def _recorded(self, held: Held) -> None:
+        self.window.recorded(held)
         self._arm()
 
     def _bury(self, held: Held, reason: str, error: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sidecar.delivery.recent import Recent
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Iterable, Iterator
+    from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 
     from sidecar.broker import Incoming
 
@@ -55,6 +55,7 @@ class Held:
         "state",
         "timer",
         "token",
+        "unrecorded",
     )
 
     def __init__(self, incoming: Incoming, key: str, attempt: int) -> None:
@@ -73,6 +74,8 @@ class Held:
         self.consumer: object = None
         self.first_failed = 0
         """ns since 1970; 0: never failed."""
+        self.unrecorded = False
+        """The broker does not know of its last failure yet, and it waits for that."""
 
 
 class Window:
@@ -262,12 +265,26 @@ class Window:
         lane[0].state = State.READY
         self._ready.append(lane[0])
 
-    def retry(self, held: Held, at: float, *, uncounted: bool = False) -> None:
-        """Try a delivery again at loop time *at*; its lane waits."""
+    def retry(
+        self, held: Held, at: float, *, uncounted: bool = False, recorded: bool = True
+    ) -> None:
+        """
+        Try a delivery again at loop time *at*, and not before it is recorded; its lane waits.
+
+        Else the one who goes on after our end would count one delivery less than there were.
+        """
         self._leave_state(held)
         if uncounted:
             held.attempt -= 1
+        held.unrecorded = not recorded
         self._wait(held, at)
+
+    def recorded(self, held: Held) -> None:
+        """The broker knows of its failure."""
+        if held.unrecorded and self.holds(held):
+            held.unrecorded = False
+            if held.state is State.RETRY and not held.timer:
+                self._start_timer(held, held.due)
 
     def back(self, held: Held) -> None:
         """Untouched by its consumer, who left: first in line again, and the attempt not counted."""
@@ -304,12 +321,21 @@ class Window:
         self.stuck = sum(self._first(held).failing for held in self._held.values())
         return given
 
-    def revoke(self, identities: Iterable[Hashable]) -> None:
-        """These are another sidecar's from now on: forget them, and their tokens are void."""
-        revoked = [held for i in identities if (held := self._identities.pop(i, None)) is not None]
+    def revoke(
+        self, identities: Iterable[Hashable], *, but: Collection[State] = ()
+    ) -> Sequence[Held]:
+        """
+        These are another sidecar's from now on: forget them, and their tokens are void.
+
+        *but* in these states they stay, and are returned.
+        """
+        found = [held for i in identities if (held := self._identities.get(i)) is not None]
+        stay = [held for held in found if held.state in but]
+        revoked = [held for held in found if held.state not in but]
         if not revoked:
-            return
+            return stay
         for held in revoked:
+            del self._identities[held.incoming.identity]
             self._leave_state(held)
             del self._held[id(held)]
         self._ready = deque(held for held in self._ready if self.holds(held))
@@ -322,6 +348,7 @@ class Window:
                     left[0].state = State.READY
                     self._ready.append(left[0])
         self.stuck = sum(self._first(held).failing for held in self._held.values())
+        return stay
 
     # -- time
 
@@ -344,6 +371,8 @@ class Window:
             if held is None:
                 continue
             held.timer = 0
+            if held.unrecorded:
+                continue
             if held.state is State.RETRY:
                 self.retrying -= 1
                 held.state = State.READY

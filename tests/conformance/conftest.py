@@ -15,10 +15,12 @@ from tests.conformance.harness import (
     LONG_SECONDS,
     Harness,
     JetStreamHarness,
+    KafkaHarness,
     MemoryHarness,
     NatsHarness,
     fresh,
 )
+from tests.support import kafka
 from tests.support.nats_server import NatsServer
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ HARNESSES: dict[str, type[Harness]] = {
     "memory": MemoryHarness,
     "nats": NatsHarness,
     "jetstream": JetStreamHarness,
+    "kafka": KafkaHarness,
 }
 
 
@@ -47,6 +50,13 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 def shared_nats_server() -> Iterator[NatsServer]:
     with NatsServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def shared_kafka() -> Iterator[kafka.KafkaCluster]:
+    kafka.require()
+    with kafka.KafkaCluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture(params=HARNESSES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import time
@@ -10,16 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import nats
+from confluent_kafka import Producer
 
+from sidecar.brokers.kafka.broker import KafkaBroker
 from sidecar.brokers.memory import MemoryBroker
 from sidecar.brokers.nats.core import NatsBroker
 from sidecar.brokers.nats.jetstream import JetStreamBroker
-from sidecar.config import JetStream, Memory, Nats
+from sidecar.config import JetStream, Kafka, Memory, Nats
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sidecar.broker import Broker, Capabilities
+    from tests.support.kafka import KafkaCluster
     from tests.support.nats_server import NatsServer
 
 CONNECT_SECONDS = 1.0
@@ -165,3 +169,57 @@ class JetStreamHarness(NatsHarness):
             ack_wait_seconds=ack_wait_seconds,
         )
         return JetStreamBroker("jetstream", settings, client_name="conformance")
+
+
+class KafkaHarness(Harness):
+    """Topics have one partition: what one sidecar has of it, another has not."""
+
+    capabilities = KafkaBroker.capabilities
+    features = frozenset({"server", "foreign"})
+    server_fixture = "shared_kafka"
+    server: KafkaCluster
+
+    def make(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
+        settings = Kafka(
+            type="kafka",
+            bootstrap_servers=self.server.bootstrap_servers.split(","),
+            connect_timeout_seconds=CONNECT_SECONDS,
+            auto_create_topics=True,
+            topic_partitions=1,
+            new_topics_seconds=0.2,
+        )
+        return KafkaBroker(
+            "kafka",
+            settings,
+            client_name="conformance",
+            max_event_bytes=1024 * 1024,
+            max_pending=(20_000, 32 * 1024 * 1024),
+            timeout_seconds=10,
+        )
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.server.bootstrap_servers.partition(":")
+        return host, int(port)
+
+    def stop(self) -> None:
+        self.server.stop()
+
+    def kill(self) -> None:
+        self.server.kill()
+
+    def start(self) -> None:
+        self.server.resume()
+        if not self.server.alive:
+            self.server.restart()
+
+    def pause(self) -> None:
+        self.server.pause()
+        wait_until_stopped(self.server.pid())
+
+    async def publish_foreign(
+        self, topic: str, data: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
+        producer = Producer({"bootstrap.servers": self.server.bootstrap_servers, "log_level": 0})
+        producer.produce(topic, data, headers=dict(headers or {}))
+        assert await asyncio.to_thread(producer.flush, 10) == 0

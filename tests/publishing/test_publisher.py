@@ -88,6 +88,7 @@ class Sending(MemoryBroker):
         seeks=False,
         lag=False,
         dead_letters=False,
+        deals=True,
     )
 
 

@@ -179,6 +179,11 @@ class KafkaCluster:
         client.create_topics([topic])[name].result(DEADLINE_SECONDS)
         self._wait(lambda: self._settled(name), f"to know the topic {name}")
 
+    @property
+    def alive(self) -> bool:
+        """Every node runs."""
+        return all(node.alive for node in self._nodes.values())
+
     def pid(self, node: int = 1) -> int:
         return self._nodes[node].pid
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 METADATA_BYTES = 4096
 """The most a commit's metadata may have: a broker's default for offset.metadata.max.bytes."""
+FENCE_LENGTH = 8
 MAX_GAP = 1 << 20
 """Offsets from the commit to the newest fetched one. A new owner reads them all again, to skip."""
 MAX_ATTEMPTS = 1023
@@ -39,6 +40,9 @@ class PartitionPositions:
     `rewind`, drop what the client had fetched before its seek: told here, it would pass over all
     that was released. And when the broker itself moves us back (its log was cut), begin with
     `at`: what is below the commit is otherwise taken for done.
+
+    A move of the group leaves its mark in the metadata, the *fence*, and whoever goes on from
+    there hands it down. So a member that commits without having seen the move is found out.
     """
 
     __slots__ = (
@@ -52,6 +56,7 @@ class PartitionPositions:
         "_pending",
         "_top",
         "_wide",
+        "fence",
     )
 
     def __init__(self, committed: int, metadata: str = "") -> None:
@@ -75,6 +80,7 @@ class PartitionPositions:
         self._changed = False
         self._current = (committed, metadata)
         self._confirmed: tuple[int, str] | None = self._current
+        self.fence = fence_of(metadata)
         known = _decode(committed, metadata)
         if known is not None:
             self._pending.update(dict.fromkeys(known.pending, False))
@@ -84,9 +90,9 @@ class PartitionPositions:
             self._top = known.end - 1
 
     @classmethod
-    def at(cls, offset: int) -> PartitionPositions:
-        """Begin at *offset*, after a seek or in a new group; `commit` says so at once."""
-        positions = cls(offset)
+    def at(cls, offset: int, fence: str = "") -> PartitionPositions:
+        """Begin at *offset*, in a new group or after a loss; `commit` says so at once."""
+        positions = cls(offset, fence_metadata(fence) if fence else "")
         positions._confirmed = None
         return positions
 
@@ -102,6 +108,21 @@ class PartitionPositions:
     def next_offset(self) -> int:
         """The offset to fetch next."""
         return self._ahead[0] if self._ahead else self._high
+
+    @property
+    def end(self) -> int:
+        """The offset above all that were fetched, by us or by a former owner that said so."""
+        return self._high
+
+    @property
+    def waiting(self) -> int:
+        """How many below `end` are to be fetched (again): given back, or a former owner's."""
+        return sum(not out for out in self._pending.values())
+
+    @property
+    def out(self) -> Sequence[int]:
+        """The offsets that are handed out, ascending."""
+        return [offset for offset, out in self._pending.items() if out]
 
     def fetched(self, offset: int) -> int | None:
         """
@@ -211,19 +232,34 @@ class PartitionPositions:
         # All above what was acked or failed last is pending for whoever reads it: not worth a bit.
         end = max(self._top, max(self._attempts, default=self._top)) + 1
         pending = [offset for offset in self._pending if offset < end]
+        mark = fence_metadata(self.fence) if self.fence else ""
         if not pending:
-            return ""
-        metadata = _encode(_Known(pending, end, self._attempts))
+            return mark
+        head = mark or _PREFIX
+        metadata = head + _encode(_Known(pending, end, self._attempts))
         while len(metadata) > METADATA_BYTES:
             # Only when too_wide was not asked. What is not said is handed out again.
             end = pending[len(pending) // 2]
             pending = pending[: len(pending) // 2]
-            metadata = _encode(_Known(pending, end, self._attempts))
+            metadata = head + _encode(_Known(pending, end, self._attempts))
         return metadata
 
 
-# The metadata: a prefix with the version, then in base64 a check sum and a string of bits. The sum
-# covers the committed offset too: metadata that was copied to another offset says nothing of that.
+def fence_metadata(fence: str) -> str:
+    """The metadata of a commit that moves a group; *fence* is FENCE_LENGTH hexadecimal digits."""
+    return f"{_PREFIX}{fence};"
+
+
+def fence_of(metadata: str) -> str:
+    """The mark of the last move that this metadata knows of; empty where it is none of ours."""
+    end = len(_PREFIX) + FENCE_LENGTH
+    fence = metadata[len(_PREFIX) : end]
+    ours = metadata.startswith(_PREFIX) and metadata[end : end + 1] == ";"
+    return fence if ours and _HEXADECIMAL.issuperset(fence) else ""
+
+
+# The metadata: a prefix with the version, the fence and a semicolon if there is one, and if there is
+# more to say, in base64, a check sum and a string of bits. The sum covers the committed offset too: metadata that was copied to another offset says nothing of that.
 #
 # The bits: a one (it keeps the zeros after it), the lengths of the runs from the committed offset
 # on, pending and done by turns, then the failing offsets: each as its distance in pending offsets
@@ -232,8 +268,9 @@ class PartitionPositions:
 # have one width, that of the largest.
 
 _PREFIX = "sc1:"
+_HEXADECIMAL = frozenset("0123456789abcdef")
 _SUM_BYTES = 4
-_BITS = 8 * ((METADATA_BYTES - len(_PREFIX)) // 4 * 3 - _SUM_BYTES)
+_BITS = 8 * ((METADATA_BYTES - len(_PREFIX) - FENCE_LENGTH - 1) // 4 * 3 - _SUM_BYTES)
 _LAST_OFFSET = (1 << 63) - 1
 _MOST_READ = 1 << 16
 """Pending offsets that are believed when read; far more than we write."""
@@ -264,7 +301,7 @@ def _encode(known: _Known) -> str:
             before = place
     bits = "".join(parts)
     payload = int(bits, 2).to_bytes((len(bits) + 7) // 8)
-    return _PREFIX + base64.b64encode(_sum(known.pending[0], payload) + payload).decode()
+    return base64.b64encode(_sum(known.pending[0], payload) + payload).decode()
 
 
 def _runs(pending: Sequence[int], end: int) -> list[int]:
@@ -285,8 +322,9 @@ def _decode(committed: int, metadata: str) -> _Known | None:
     """None for what is not ours, not whole, or not of this offset. Never raises."""
     if not metadata.startswith(_PREFIX) or len(metadata) > METADATA_BYTES:
         return None
+    start = len(fence_metadata(fence) if (fence := fence_of(metadata)) else _PREFIX)
     try:
-        data = base64.b64decode(metadata[len(_PREFIX) :], validate=True)
+        data = base64.b64decode(metadata[start:], validate=True)
         payload = data[_SUM_BYTES:]
         if data[:_SUM_BYTES] != _sum(committed, payload):
             return None

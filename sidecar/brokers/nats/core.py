@@ -51,6 +51,7 @@ class NatsBroker(Broker):
         seeks=False,
         lag=False,
         dead_letters=False,
+        deals=True,
     )
 
     def __init__(

@@ -49,6 +49,7 @@ class JetStreamBroker(Broker):
         seeks=True,
         lag=True,
         dead_letters=True,
+        deals=True,
     )
 
     def __init__(

@@ -397,8 +397,17 @@ class StreamSource(Source):
     def ack(self, handles: Sequence[Hashable]) -> None:
         self._answer(handles, _ACK)
 
-    def failed(self, handle: Hashable, attempts: int) -> None:
-        self._attempts.record(self._key_of(_place_of(handle)), attempts)
+    def failed(self, handle: Hashable, attempts: int) -> asyncio.Future[None]:
+        key = self._key_of(_place_of(handle))
+        recorded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def stored() -> None:
+            if not recorded.done():
+                recorded.set_result(None)
+
+        self._attempts.record(key, attempts)
+        self._attempts.when_stored(key, stored)
+        return recorded
 
     def release(self, handles: Sequence[Hashable]) -> None:
         now = list(handles)
