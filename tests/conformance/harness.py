@@ -55,7 +55,8 @@ class Harness(ABC):
     One kind of broker. Every instance that *make* gives is on the same server.
 
     *features* are for the marker `needs`, beside the names of Capabilities: "server" can be
-    stopped and paused, "foreign" takes messages from other clients.
+    stopped and paused, "foreign" takes messages from other clients, "frames" is spoken in the lines
+    of NATS, "bare-json" takes structured events that no header announces.
     """
 
     capabilities: ClassVar[Capabilities]
@@ -93,7 +94,7 @@ class Harness(ABC):
     async def publish_foreign(
         self, topic: str, data: bytes, headers: Mapping[str, str] | None = None
     ) -> None:
-        """Publish as a client that knows nothing of us."""
+        """Publish as a client that knows nothing of us. Attributes of CloudEvents begin with ce-."""
         raise NotImplementedError
 
 
@@ -112,7 +113,7 @@ class MemoryHarness(Harness):
 
 class NatsHarness(Harness):
     capabilities = NatsBroker.capabilities
-    features = frozenset({"server", "foreign"})
+    features = frozenset({"server", "foreign", "frames", "bare-json"})
     server_fixture = "shared_nats_server"
     server: NatsServer
 
@@ -212,6 +213,7 @@ class KafkaHarness(Harness):
         self.server.resume()
         if not self.server.alive:
             self.server.restart()
+            self.server.wait_ready()
 
     def pause(self) -> None:
         self.server.pause()
@@ -221,5 +223,6 @@ class KafkaHarness(Harness):
         self, topic: str, data: bytes, headers: Mapping[str, str] | None = None
     ) -> None:
         producer = Producer({"bootstrap.servers": self.server.bootstrap_servers, "log_level": 0})
-        producer.produce(topic, data, headers=dict(headers or {}))
+        named = {name.replace("ce-", "ce_"): value for name, value in (headers or {}).items()}
+        producer.produce(topic, data, headers=named)
         assert await asyncio.to_thread(producer.flush, 10) == 0

@@ -108,7 +108,11 @@ async def test_a_plain_message_is_the_same_event_each_time_it_comes(
         ({"ce-specversion": "9.9", "ce-id": "1", "ce-source": "/a", "ce-type": "b"}, b"x"),
         ({"Content-Type": "application/cloudevents+json"}, b"{not json \xff"),
         ({"Content-Type": "application/cloudevents+json"}, b"[1, 2]"),
-        (None, json.dumps({"specversion": "1.0", "id": 7}).encode()),
+        pytest.param(
+            None,
+            json.dumps({"specversion": "1.0", "id": 7}).encode(),
+            marks=pytest.mark.needs("bare-json"),
+        ),
     ],
 )
 async def test_what_claims_to_be_an_event_and_is_none_comes_with_its_problem(
@@ -127,7 +131,7 @@ async def test_what_claims_to_be_an_event_and_is_none_comes_with_its_problem(
     assert good.event.id == "good"
 
 
-@pytest.mark.needs("foreign")
+@pytest.mark.needs("frames")
 async def test_a_topic_that_is_not_text_holds_up_nothing(world: World, topic: str) -> None:
     """Other clients may publish on subjects that are not UTF-8: stored, it can be a dead letter."""
     broker = await world.sidecar()

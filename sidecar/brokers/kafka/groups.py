@@ -15,6 +15,7 @@ from confluent_kafka.admin import OffsetSpec
 from sidecar.brokers.kafka.client import Conf, logged, topic_missing, translate
 from sidecar.brokers.kafka.positions import FENCE_LENGTH, fence_metadata, fence_of
 from sidecar.errors import BrokerRefused, NotSupported
+from sidecar.event import has_wildcard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,9 +72,12 @@ class Groups:
         Settle where a new group starts, before anybody joins: what comes meanwhile is not missed.
 
         Returns the topics there are, and the fences of their partitions. A group that has members
-        has settled it before. Partitions that come later are read from their first event.
+        has settled it before. Partitions that come later are read from their first event. Raises
+        TopicMissing.
         """
         topics = self._topics.matching(interest.topic)
+        if not topics and not has_wildcard(interest.topic):
+            raise topic_missing(self._broker, interest.topic)  # gone again, or not known everywhere
         partitions = _partitions(topics)
         committed = self._committed(interest.name, partitions) if partitions else {}
         if partitions and not any(p.offset >= 0 for p in committed.values()):

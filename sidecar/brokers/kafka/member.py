@@ -26,6 +26,10 @@ Place = tuple[str, int]
 """A partition: topic and number."""
 
 POLL_SECONDS = 0.1
+BUSY_POLL_SECONDS = 0.005
+"""So long a commit waits for the end of a poll."""
+BUSY_SECONDS = 1.0
+"""So long after an event or a commit the next commit is expected."""
 BATCH = 500
 CALL_SECONDS = 10.0
 PATIENCE_SECONDS = 1.0
@@ -107,7 +111,9 @@ class Member:
     A thread and its consumer. It decides nothing: the owner does, on the loop.
 
     Non-obvious: librdkafka calls `_on_…` within poll() and close(), so in this thread. A rebalance
-    waits for the loop here; the loop never waits for the thread without awaiting.
+    waits for the loop here; the loop never waits for the thread without awaiting. And only this
+    thread uses the consumer: confluent-kafka lets a second one wait, with the interpreter's lock in
+    its hands.
     """
 
     def __init__(
@@ -140,11 +146,11 @@ class Member:
         self._pauses: deque[tuple[Place, bool]] = deque()
         self._fences = dict(fences)
         self._jobs: deque[tuple[Callable[[], object], Future[object]]] = deque()
+        self._commits: deque[list[TopicPartition]] = deque()
         self._stop = threading.Event()
         self._resting = False
         self._moved = False
-        self._lock = threading.Lock()
-        self._usable = True
+        self._busy_until = 0.0
         self.consumer: Any = Consumer(
             conf | logged(self._on_error) | {"on_commit": self._on_commit}
         )
@@ -162,13 +168,9 @@ class Member:
     def pause(self, place: Place, *, paused: bool) -> None:
         self._pauses.append((place, paused))
 
-    def commit(self, offsets: list[TopicPartition]) -> bool:
-        """Send them; `Owner.on_committed` is told what became of it. False: that is not possible."""
-        with self._lock, contextlib.suppress(KafkaException):
-            if self._usable and not self._moved:
-                self.consumer.commit(offsets=offsets, asynchronous=True)
-                return True
-        return False
+    def commit(self, offsets: list[TopicPartition]) -> None:
+        """Send them soon; `Owner.on_committed` is told what became of it."""
+        self._commits.append(offsets)
 
     def move(self, offsets: list[TopicPartition]) -> Future[object]:
         """Commit these in place of all that we know, then leave. From any thread."""
@@ -196,9 +198,6 @@ class Member:
             log.exception("subscription %s: consuming failed", self._name)
             self._call(self._owner.on_failure, KafkaError(KafkaError._FAIL, "consuming failed"))
         finally:
-            # Non-obvious: the loop commits on this consumer, which must not be while it is closed.
-            with self._lock:
-                self._usable = False
             while self._jobs:
                 self._jobs.popleft()[1].cancel()
             try:
@@ -229,6 +228,7 @@ class Member:
                 self._look_for_topics(self._matching)
                 topics_at = now + self._matching_seconds
             self._do_jobs()
+            self._do_commits()
             self._do_pauses(all_paused=paused)
             buffered = self._buffered()
             if not paused and (self._resting or buffered >= self._max_buffered):
@@ -252,9 +252,11 @@ class Member:
 
     def _consume(self, *, paused: bool) -> None:
         # consume() waits until it has all it was asked for: one first, then what is there.
-        first = self.consumer.poll(POLL_SECONDS)
+        busy = time.monotonic() < self._busy_until
+        first = self.consumer.poll(BUSY_POLL_SECONDS if busy else POLL_SECONDS)
         if first is None:
             return
+        self._busy_until = time.monotonic() + BUSY_SECONDS
         room = 0 if paused else self._max_buffered - self._buffered() - 1
         messages = [first]
         if room > 0:
@@ -271,6 +273,19 @@ class Member:
                 arrived = True
         if arrived:
             self._call(self._owner.on_arrived)
+
+    def _do_commits(self) -> None:
+        while self._commits:
+            offsets = self._commits.popleft()
+            self._busy_until = time.monotonic() + BUSY_SECONDS
+            try:
+                if not self._moved:
+                    self.consumer.commit(offsets=offsets, asynchronous=True)
+                    continue
+                error = KafkaError(KafkaError._STATE)
+            except KafkaException as exception:
+                error = exception.args[0]
+            self._call(self._owner.on_committed, error, ())
 
     def _do_jobs(self) -> None:
         while self._jobs:

@@ -143,6 +143,7 @@ class KafkaPublisher:
         """The thread that waits for the cluster to answer; one at a time."""
         self._connecting: asyncio.Future[SidecarError | None] | None = None
         """The `connect` that is under way: why it failed."""
+        self._give_up_at = 0.0
         self._why = ""
         self._refused = ""
 
@@ -153,7 +154,10 @@ class KafkaPublisher:
         if self._producer is None:
             self._producer = self._make()
             self._poll()
-        connecting = self._connecting = asyncio.get_running_loop().create_future()
+        self._producer.poll(0)  # what it had to say of earlier tries
+        loop = asyncio.get_running_loop()
+        connecting = self._connecting = loop.create_future()
+        self._give_up_at = loop.time() + timeout
         self._ask(timeout)
         try:
             error = await connecting
@@ -204,6 +208,10 @@ class KafkaPublisher:
         if self._closed:
             done.cancelled() or done.exception()
         elif done.cancelled() or done.exception() is not None:
+            left = self._give_up_at - asyncio.get_running_loop().time()
+            if self._connecting is not None and left > 0:  # it was that of an earlier try
+                self._ask(left)
+                return
             self._fail_connecting()
             if self._away:
                 self._look_later()

@@ -79,6 +79,8 @@ class KafkaSource(Source):
         self._timer_due = 0.0
         self._committing: asyncio.TimerHandle | None = None
         """The watch over the commit that is under way."""
+        self._sent: list[TopicPartition] = []
+        """What it commits."""
         self._recorded: list[asyncio.Future[None]] = []
         """Failures that are to be committed."""
         self._recording: list[asyncio.Future[None]] = []
@@ -274,10 +276,9 @@ class KafkaSource(Source):
         if not offsets:
             _tell(self._recorded)
             return
-        if not self._member.commit(offsets):
-            self._commit_in(RETRY_SECONDS)
-            return
+        self._member.commit(offsets)
         self._recording, self._recorded = self._recorded, []
+        self._sent = offsets
         self._committing = self._loop.call_later(UNANSWERED_SECONDS, self.on_committed, None, ())
 
     def _due(self, partitions: Iterable[Assigned]) -> list[TopicPartition]:
@@ -294,13 +295,15 @@ class KafkaSource(Source):
             return
         self._committing.cancel()
         self._committing = None
-        stored = [p for p in partitions if p.error is None] if error is None else []
-        for partition in stored:
-            assigned = self._assigned.get((partition.topic, partition.partition))
-            if assigned is not None:
-                assigned.positions.confirm(partition.offset, partition.metadata or "")
+        failed = {(p.topic, p.partition) for p in partitions if p.error is not None}
+        all_of_it = error is None and bool(partitions) and not failed
+        for sent in self._sent if error is None and partitions else ():
+            place = (sent.topic, sent.partition)
+            if place not in failed and place in self._assigned:
+                # The answer does not repeat the metadata.
+                self._assigned[place].positions.confirm(sent.offset, sent.metadata or "")
         recording, self._recording = self._recording, []
-        if stored and len(stored) == len(partitions):
+        if all_of_it:
             _tell(recording)
             if self._recorded:
                 self._commit_in(0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import KafkaError, KafkaException
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 5.0
 CREATE_SECONDS = 15.0
+LOOK_SECONDS = 0.01
 DEAD_LETTERS = ".dlq"
 """How the topics end that hold dead letters, unless configured otherwise."""
 
@@ -84,6 +86,10 @@ class Topics:
                 raise translate(error.args[0], broker=self._broker, topic=topic) from error
         else:
             log.info("broker %s: topic %s created", self._broker, topic)
+        # Its node tells of it a moment later: a subscription begins with its partitions.
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while not self.matching(topic) and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)  # noqa: TID251 - in a thread
 
     def matching(self, pattern: str) -> Mapping[str, Sequence[int]]:
         """The topics that *pattern* names, with the numbers of their partitions."""
