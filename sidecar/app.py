@@ -194,7 +194,9 @@ class App:
         methods = (*pubsub.methods(), *admin.methods())
         self._grpc = GrpcDoor(methods, pubsub, config.limits)
         self._http = HttpApp(methods, pubsub.publish_events, defaults, config.limits)
-        self.metrics.declared((s.name for s in config.subscriptions), _topics(config))
+        self.metrics.declared(
+            (s.name for s in config.subscriptions), _topics(config), _event_types(config)
+        )
         self.metrics.look_at(self._broker_gauges, self._subscription_gauges)
 
     async def _open_doors(self, tasks: asyncio.TaskGroup, doors: AsyncExitStack) -> None:
@@ -372,6 +374,13 @@ def _topics(config: Config) -> Iterator[str]:
     yield from (route.topic for route in config.routes if route.topic)
     yield from (s.dead_letter.topic for s in config.subscriptions if s.dead_letter.topic)
     yield Broker.dead_letter_topic
+
+
+def _event_types(config: Config) -> Sequence[str]:
+    """The types that metrics tell apart: those that are named for it, then those of the routes."""
+    routed = (route.event_type for route in config.routes if route.event_type)
+    entries = dict.fromkeys((*config.metrics.event_types, *routed))
+    return list(entries)[: settings.MAX_EVENT_TYPES]
 
 
 def make_brokers(config: Config, embedded: tuple[str, str] | None) -> Mapping[str, Broker]:

@@ -46,6 +46,8 @@ MAX_NAME_LENGTH = 128
 """Names are parts of what drivers send: with a topic they stay within NATS' line of 4096 bytes."""
 SHOWN_LENGTH = 100
 """What an error shows of a longer value."""
+MAX_EVENT_TYPES = 200
+"""Metrics have a series for each, with every topic and result."""
 MAX_SOCKET_PATH_BYTES = 107
 """What fits into Linux' sockaddr_un, without the closing NUL."""
 
@@ -344,6 +346,10 @@ class Log(Settings):
     format: Literal["auto", "json", "text"] = "auto"
 
 
+class Metrics(Settings):
+    event_types: Annotated[list[TypePattern], Field(max_length=MAX_EVENT_TYPES)] = []
+
+
 class Limits(Settings):
     max_event_bytes: Annotated[int, Field(ge=1024, le=512 * MIB)] = MIB
     max_batch_events: Count = 10_000
@@ -596,6 +602,7 @@ class Config(Settings):
     http: Http = Http()
     admin: Admin = Admin()
     log: Log = Log()
+    metrics: Metrics = Metrics()
     limits: Limits = Limits()
     publishing: Publishing = Publishing()
     drain: Drain = Drain()
@@ -966,7 +973,8 @@ def _problem(item: ErrorDetails, root: type[Settings] = Config) -> _Problem:
         return _Problem(path, f"must be {context['expected']}")
     if kind == "value_error":
         return _Problem(path, str(context["error"]))
-    return _Problem(path, _TEXTS.get(kind) or item["msg"].replace("Input should", "must"))
+    text = re.sub("^(Input|List) should", "must", item["msg"]).replace(" after validation", "")
+    return _Problem(path, _TEXTS.get(kind) or text)
 
 
 def _key_path(loc: KeyPath) -> KeyPath:

@@ -448,6 +448,17 @@ def test_a_type_of_events_may_begin_with_an_underscore() -> None:
             {"log": {"level": "loud"}},
             "log.level: must be 'debug', 'info', 'warning' or 'error'",
         ),
+        (
+            {"metrics": {"event_types": ["a"] * 201}},
+            "metrics.event_types: must have at most 200 items, not 201",
+        ),
+        (
+            {"metrics": {"event_types": ["order.*", "a..b"]}},
+            (
+                "metrics.event_types[1]: 'a..b' is not a topic pattern: use tokens joined by dots, "
+                '"*" for any one token, ">" at the end for one or more, as "orders.*" or "orders.>"'
+            ),
+        ),
         ({"topics": [{}]}, "topics[0].topic: is missing; it has no default"),
         ({"topics": {}}, "topics: must be an array, as [1, 2]"),
         ({"brokers": []}, "brokers: must be a table"),
@@ -908,13 +919,13 @@ def test_a_wrong_variable_is_told_by_its_name(written: Callable[[str], Path]) ->
 
     assert problems_from(environment, path) == [
         (
-            "gprc: unknown key; did you mean 'grpc'? accepted here: app, grpc, http, admin, log, limits, "
-            "publishing, drain, embedded, topics, brokers, routes, subscriptions "
+            "gprc: unknown key; did you mean 'grpc'? accepted here: app, grpc, http, admin, log, metrics, "
+            "limits, publishing, drain, embedded, topics, brokers, routes, subscriptions "
             "(see SIDECAR_GPRC__ADDRESS)"
         ),
         (
-            "nothing: unknown key; accepted here: app, grpc, http, admin, log, limits, publishing, "
-            "drain, embedded, topics, brokers, routes, subscriptions (see SIDECAR_NOTHING)"
+            "nothing: unknown key; accepted here: app, grpc, http, admin, log, metrics, limits, "
+            "publishing, drain, embedded, topics, brokers, routes, subscriptions (see SIDECAR_NOTHING)"
         ),
         (
             "grpc.adress: unknown key; did you mean 'address'? accepted here: address, unix_socket "

@@ -108,7 +108,8 @@ class Publisher:
         gathered = _Gathered(len(events))
         if failed:
             gathered.put(list(failed), list(failed.values()))
-            self._facts.published(Published("", "", list(failed.values()), 0.0))
+            types = [_type(events[place]) for place in failed]
+            self._facts.published(Published("", "", types, list(failed.values()), 0.0))
         for group in groups:
             try:
                 part = await self._hand_over(topic, group, timeout, wait)
@@ -244,9 +245,9 @@ class Publisher:
             pending.leave(count, size)
             self._ended()
             results = _results(done, group, timeout)
-            self._facts.published(
-                Published(group.broker, group.label, results, time.perf_counter() - started)
-            )
+            types = [event.type for event in group.events]
+            seconds = time.perf_counter() - started
+            self._facts.published(Published(group.broker, group.label, types, results, seconds))
             if not answer.done():
                 answer.set_result(results)
 
@@ -328,6 +329,10 @@ def _results(done: Outcomes, group: _Group, timeout: float) -> Sequence[Outcome]
         log.error("broker %s: publishing failed", group.broker, exc_info=raised)
         error = Internal(f"broker {group.broker!r}: publishing failed", broker=group.broker)
     return [error] * len(group.events)
+
+
+def _type(event: Event | SidecarError) -> str:
+    return event.type if isinstance(event, Event) else ""
 
 
 def _label(route: Route) -> str:

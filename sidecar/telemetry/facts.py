@@ -19,7 +19,10 @@ class Published:
     """Empty: it never reached one."""
     topic: str
     """The pattern of its route."""
+    types: Sequence[str]
+    """Of its events, in order; "" where there is no event but its error."""
     outcomes: Sequence[Outcome]
+    """One for each type."""
     seconds: float
 
 

@@ -143,8 +143,8 @@ async def test_each_event_has_its_receipt_in_order() -> None:
         Receipt("a", "work", "orders", Durability.STORED, Position("memory", 1), duplicate=True),
     ]
     assert room(publishing) == (0, 0)
-    assert [(fact.broker, fact.topic, fact.outcomes) for fact in heard.facts] == [
-        ("work", ">", outcomes)
+    assert [(fact.broker, fact.topic, fact.types, fact.outcomes) for fact in heard.facts] == [
+        ("work", ">", ["order.created"] * 3, outcomes)
     ]
 
 
@@ -163,7 +163,9 @@ async def test_nothing_but_bad_events_is_answered_too() -> None:
     publishing = publisher(MemoryBroker("work", MEMORY), heard=heard)
 
     assert await publishing.publish("orders", [bad, bad]) == [bad, bad]
-    assert [(fact.broker, len(fact.outcomes)) for fact in heard.facts] == [("", 2)]
+    assert [(fact.broker, fact.types, len(fact.outcomes)) for fact in heard.facts] == [
+        ("", ["", ""], 2)
+    ]
 
 
 async def test_an_event_that_is_too_large_fails_alone() -> None:
@@ -228,10 +230,11 @@ async def test_one_call_goes_to_several_brokers_by_its_events_types() -> None:
     assert [o.event_id for o in outcomes if isinstance(o, Receipt)] == ["a", "b", "d", "e"]
     assert await stored(realtime, "orders.new") == ["a", "d"]
     assert await stored(work, "orders.new") == ["b", "e"]
-    assert sorted((fact.broker, fact.topic, len(fact.outcomes)) for fact in heard.facts) == [
-        ("", "", 1),
-        ("realtime", "", 2),
-        ("work", "orders.>", 2),
+    facts = [(fact.broker, fact.topic, fact.types, len(fact.outcomes)) for fact in heard.facts]
+    assert sorted(facts) == [
+        ("", "", [""], 1),
+        ("realtime", "", ["realtime.price"] * 2, 2),
+        ("work", "orders.>", ["order.created"] * 2, 2),
     ]
 
 
