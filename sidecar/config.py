@@ -260,6 +260,15 @@ _KAFKA_PROMISES = {
 """Settings of librdkafka that would break a promise, and which."""
 
 
+def _scalars(table: dict[str, object]) -> dict[str, object]:
+    for name, value in table.items():
+        if not isinstance(value, str | int | float | bool):
+            raise ValueError(  # noqa: TRY004 - pydantic takes it for what it is
+                f"{shown(name)} must be a string, a number, true or false"
+            )
+    return table
+
+
 def _kafka_options(options: dict[str, object]) -> dict[str, object]:
     problems = []
     for name in options:
@@ -287,7 +296,6 @@ def _read_secret(path: str) -> str:
 
 
 _DAY = 86400
-Scalar: TypeAlias = str | int | float | bool
 Name = Annotated[str, AfterValidator(_name)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 TypePattern = Annotated[str, AfterValidator(_type_pattern)]
@@ -299,6 +307,7 @@ Seconds = Annotated[float, Field(gt=0, le=365 * _DAY)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Bytes = Annotated[int, Field(ge=1024, le=2**40)]
 Limit = Annotated[int, Field(ge=-1, lt=2**63), AfterValidator(_limit)]
+Scalars = Annotated[dict[str, object], AfterValidator(_scalars)]
 BootstrapServer = Annotated[str, AfterValidator(_bootstrap_server)]
 
 
@@ -499,11 +508,11 @@ class Kafka(Secrets):
     auto_create_topics: bool = False
     topic_partitions: Annotated[int, Field(ge=-1, le=100_000), AfterValidator(_copies)] = -1
     topic_replication: Annotated[int, Field(ge=-1, le=100), AfterValidator(_copies)] = -1
-    topic_settings: dict[str, Scalar] = {}
+    topic_settings: Scalars = {}
     new_topics_seconds: Annotated[float, Field(ge=0.1, le=_DAY)] = 10
     group_protocol: Literal["auto", "classic", "consumer"] = "auto"
     session_timeout_seconds: Annotated[float, Field(ge=1, le=1800)] = 10
-    options: Annotated[dict[str, Scalar], AfterValidator(_kafka_options)] = {}
+    options: Annotated[Scalars, AfterValidator(_kafka_options)] = {}
 
     @field_validator("tls_ca_file", "tls_certificate_file", "tls_key_file")
     @classmethod

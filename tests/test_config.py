@@ -209,6 +209,7 @@ def models(model: type[config.Settings], path: str = "") -> Iterator[tuple[str, 
                 ("brokers.scratch", config.Memory),
                 ("brokers.realtime", config.Nats),
                 ("brokers.work", config.JetStream),
+                ("brokers.log", config.Kafka),
             ):
                 yield at, broker_type
                 yield from models(broker_type, f"{at}.")
@@ -227,7 +228,7 @@ def keys_of(model: type[config.Settings], path: str, tables: dict[str, Any]) -> 
 def test_the_example_is_a_valid_configuration() -> None:
     found = config.load(EXAMPLE, {})
 
-    assert list(found.brokers) == ["scratch", "realtime", "work"]
+    assert list(found.brokers) == ["scratch", "realtime", "work", "log"]
     assert [s.name for s in found.subscriptions] == ["billing"]
 
 
@@ -299,7 +300,7 @@ def test_every_problem_is_told_at_once_with_its_key_path() -> None:
             "limits": {"max_event_bytes": 32 * config.MIB, "max_streams": "many"},
             "brokers": {
                 "a b": MEMORY,
-                "log": {"type": "kafka"},
+                "log": {"type": "pulsar"},
                 "work": {**JETSTREAM, "embedded": True, "streams": [{"name": "A"}, {"name": "A"}]},
             },
             "routes": [{"broker": "worc"}, {"topic": "a..b", "broker": "work"}],
@@ -464,7 +465,7 @@ def test_a_type_of_events_may_begin_with_an_underscore() -> None:
         ({"brokers": []}, "brokers: must be a table"),
         (
             {"brokers": {"work": {}}},
-            "brokers.work.type: must be one of 'memory', 'nats', 'jetstream'",
+            "brokers.work.type: must be one of 'memory', 'nats', 'jetstream', 'kafka'",
         ),
         ({"brokers": {"work": 5}}, "brokers.work: must be a table"),
         (broker(embedded="yes"), "brokers.work.embedded: must be true or false"),
@@ -749,7 +750,7 @@ def test_a_subscription_that_stores_its_dead_letters_or_may_is_accepted(
 def test_core_nats_alone_is_told_to_add_a_broker_for_dead_letters() -> None:
     assert problem({"brokers": {"fast": NATS}, **subscribed()}) == (
         "subscriptions[0].dead_letter.broker: dead letters need a broker that stores, and 'fast' is "
-        "core NATS; add one, of type jetstream"
+        "core NATS; add one, of type jetstream or kafka"
     )
 
 
@@ -948,7 +949,7 @@ def test_a_variable_without_a_key_is_told_by_its_name(name: str) -> None:
 def test_a_variable_that_makes_a_table_is_told_by_what_the_table_misses() -> None:
     assert problems_from({"SIDECAR_BROKERS__WROK__TOKEN": "x"}) == [
         (
-            "brokers.wrok.type: must be one of 'memory', 'nats', 'jetstream' "
+            "brokers.wrok.type: must be one of 'memory', 'nats', 'jetstream', 'kafka' "
             "(see SIDECAR_BROKERS__WROK__TOKEN)"
         )
     ]
@@ -999,6 +1000,123 @@ def test_what_kubernetes_says_of_a_service_named_sidecar_is_no_key() -> None:
 
     assert config.load(None, environment) == config.load(None, {})
     assert only.startswith("grpc_port: unknown key")
+
+
+# -- Kafka
+
+KAFKA = {"type": "kafka", "bootstrap_servers": ["one:9092"]}
+
+
+def kafka(**keys: Any) -> dict[str, Any]:
+    return {"brokers": {"log": {**KAFKA, **keys}}}
+
+
+def test_a_kafka_broker_needs_only_its_servers() -> None:
+    """Nothing is created unless asked for, and what is sent is compressed."""
+    found = config.check(kafka()).brokers["log"]
+    assert isinstance(found, config.Kafka)
+
+    assert (found.auto_create_topics, found.compression, found.group_protocol) == (
+        False,
+        "lz4",
+        "auto",
+    )
+
+
+def test_kafka_keeps_dead_letters() -> None:
+    data = kafka()
+    data["brokers"]["fast"] = {"type": "nats", "servers": ["nats://one:4222"]}
+    data["routes"] = [{"topic": "live.>", "broker": "fast"}, {"topic": ">", "broker": "log"}]
+    data["subscriptions"] = [
+        {"name": "a", "topic": "live.x", "dead_letter": {"broker": "log"}},
+        {"name": "b", "topic": "orders.>"},
+    ]
+
+    assert len(config.check(data).subscriptions) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"bootstrap_servers": []}, "bootstrap_servers: must have at least 1 item, not 0"),
+        (
+            {"bootstrap_servers": ["kafka"]},
+            'bootstrap_servers[0]: is not a server of Kafka; one looks like "kafka:9092"',
+        ),
+        (
+            {"compression": "lzma"},
+            "compression: must be 'none', 'gzip', 'snappy', 'lz4' or 'zstd'",
+        ),
+        (
+            {"topic_partitions": 0},
+            "topic_partitions: must not be 0; use -1 for what the broker is set to",
+        ),
+        (
+            {"tls_ca_file": "/ca.pem"},
+            "tls_ca_file: tls is false, so it would not be used; set tls = true",
+        ),
+        (
+            {"tls": True, "tls_ca_file": "/none.pem"},
+            "tls_ca_file: there is no file '/none.pem'; name one",
+        ),
+        (
+            {"tls": True, "tls_certificate_file": __file__},
+            "tls_key_file: a certificate and its key belong together; set both, or none",
+        ),
+        (
+            {"sasl_mechanism": "PLAIN"},
+            "user: PLAIN needs one; set it, or leave out sasl_mechanism",
+        ),
+        (
+            {"user": "ann"},
+            "user: sasl_mechanism is not set, so it would not be used; set both",
+        ),
+        (
+            {"sasl_mechanism": "OAUTHBEARER", "user": "ann"},
+            'oauth_token_url: goes with sasl_mechanism = "OAUTHBEARER"; set both, or none',
+        ),
+        (
+            {"options": {"socket.nagle.disable": [1]}},
+            "options: 'socket.nagle.disable' must be a string, a number, true or false",
+        ),
+    ],
+)
+def test_a_wrong_setting_of_kafka_is_told_what_is_accepted(
+    keys: dict[str, Any], expected: str
+) -> None:
+    assert problem(kafka(**keys)) == f"brokers.log.{expected}"
+
+
+def test_settings_of_librdkafka_are_passed_through() -> None:
+    found = config.check(kafka(options={"socket.nagle.disable": True, "fetch.min.bytes": 1}))
+    broker = found.brokers["log"]
+    assert isinstance(broker, config.Kafka)
+
+    assert broker.options == {"socket.nagle.disable": True, "fetch.min.bytes": 1}
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("acks", "a receipt says that the event is stored on all replicas that are in sync"),
+        ("enable.idempotence", "events are stored once and in order"),
+        ("enable.auto.commit", "an event is done when the app acked it, not before"),
+        ("partition.assignment.strategy", "cooperative rebalancing"),
+        ("error_cb", "callbacks are the sidecar's own"),
+        ("group.id", "'group.id' is set by the subscription's name; use that"),
+        ("bootstrap.servers", "'bootstrap.servers' is set by bootstrap_servers; use that"),
+        ("sasl.password", "'sasl.password' is set by password; use that"),
+        ("message.max.bytes", "'message.max.bytes' is set by limits.max_event_bytes; use that"),
+    ],
+)
+def test_a_setting_that_would_break_a_promise_is_refused_by_name(
+    option: str, expected: str
+) -> None:
+    """And one that has a key of ours is sent there."""
+    found = problem(kafka(options={option: "1"}))
+
+    assert found.startswith(f"brokers.log.options: {option!r} is ")
+    assert expected in found
 
 
 # -- secrets
@@ -1106,7 +1224,7 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 def _known_names() -> list[str]:
     names = {name for _, model in models(Config) for name in model.model_fields}
     return sorted(
-        names | set(Config.model_fields) | {"work", "memory", "nats", "jetstream", "[key]"}
+        names | set(Config.model_fields) | {"work", "memory", "nats", "jetstream", "kafka", "[key]"}
     )
 
 
@@ -1122,7 +1240,7 @@ _VALUES = (
     | st.times()
     | st.text(max_size=8)
     | st.sampled_from(
-        ["orders.>", ">", "work", "memory", "nats", "jetstream", "earliest", "{topic}"]
+        ["orders.>", ">", "work", "memory", "nats", "jetstream", "kafka", "earliest", "{topic}"]
     )
 )
 _ANYTHING = st.recursive(
@@ -1144,7 +1262,10 @@ _PLAUSIBLE = st.fixed_dictionaries(
         "limits": _tables("max_event_bytes", "max_batch_bytes"),
         "brokers": st.dictionaries(
             st.sampled_from(["work", "fast", "a b"]),
-            _tables("type", "servers", "embedded", "streams", "token", "max_events") | _ANYTHING,
+            _tables(
+                "type", "servers", "embedded", "streams", "token", "bootstrap_servers", "options"
+            )
+            | _ANYTHING,
         ),
         "routes": st.lists(_tables("topic", "event_type", "broker") | _ANYTHING, max_size=3),
         "subscriptions": st.lists(
