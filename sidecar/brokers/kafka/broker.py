@@ -117,7 +117,7 @@ class KafkaBroker(Broker):
             interest,
             connected=lambda: self._publisher.connected,
             lag=partial(self._lag, interest),
-            on_unsupported=self._use_classic,
+            use_classic=self._use_classic,
         )
         source.run(self._member(interest, source, topics, fences))
         self._sources = [one for one in self._sources if not one.is_over]
@@ -151,10 +151,13 @@ class KafkaBroker(Broker):
             fences=fences,
         )
 
-    def _use_classic(self) -> None:
-        if not self._classic and self._settings.group_protocol == "auto":
+    def _use_classic(self) -> bool:
+        if self._settings.group_protocol != "auto":
+            return False
+        if not self._classic:
             log.info("broker %s: no group protocol 'consumer' there, using 'classic'", self.name)
-            self._classic = True
+        self._classic = True
+        return True
 
     def _consumer_conf(self, interest: Interest) -> tuple[Conf, str]:
         settings = self._settings

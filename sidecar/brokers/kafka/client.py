@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import KafkaError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Conf = dict[str, Any]
 """librdkafka's settings by name."""
 
+LEAVE_SECONDS = 1.0
 FRAMING_BYTES = 1024
 """What a record takes beside its key, value and headers, and its batch; both far less."""
 
@@ -137,6 +139,22 @@ class _Log:
         # A connection that fails is a line at each try; the broker's state says it once.
         if not arguments or arguments[0] not in {"FAIL", "ERROR", "REQTMOUT", "GETPID"}:
             self._to.log(level, text, *arguments)
+
+
+def leave(consumer: Any) -> None:
+    """
+    Close a consumer, so that its group knows at once. Calls back for its partitions.
+
+    Non-obvious: closed while a rebalance is under way it would say nothing, and its group wait for
+    the end of its session. Raises KafkaException, RuntimeError when it is closed already.
+    """
+    consumer.unsubscribe()
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while True:
+        consumer.poll(0.05)
+        if not consumer.assignment() or time.monotonic() > deadline:
+            break
+    consumer.close()
 
 
 def options(settings: Settings) -> Conf:

@@ -12,7 +12,7 @@ from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, 
 from confluent_kafka import TopicPartition as Partition
 from confluent_kafka.admin import OffsetSpec
 
-from sidecar.brokers.kafka.client import Conf, logged, topic_missing, translate
+from sidecar.brokers.kafka.client import Conf, leave, logged, topic_missing, translate
 from sidecar.brokers.kafka.positions import FENCE_LENGTH, fence_metadata, fence_of
 from sidecar.errors import BrokerRefused, NotSupported
 from sidecar.event import has_wildcard
@@ -301,7 +301,7 @@ class Groups:
         try:
             yield consumer
         finally:
-            consumer.close()
+            leave(consumer)
 
 
 def _assign_nothing(consumer: Any, partitions: list[Partition]) -> None:

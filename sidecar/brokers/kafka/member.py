@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from sidecar.brokers.kafka.client import Conf, is_missing, logged
+from sidecar.brokers.kafka.client import Conf, is_missing, leave, logged
 from sidecar.brokers.kafka.positions import PartitionPositions, fence_of
 
 if TYPE_CHECKING:
@@ -40,11 +40,7 @@ FENCE_SECONDS = 1.0
 ANSWER_SECONDS = 10.0
 """The loop answers a rebalance within this time, or it is not waited for."""
 
-_UNSUPPORTED = {
-    KafkaError.UNSUPPORTED_VERSION,
-    KafkaError._UNSUPPORTED_FEATURE,
-    KafkaError.INVALID_REQUEST,
-}
+_UNSUPPORTED = {KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE}
 _PASSING = {
     KafkaError._ALL_BROKERS_DOWN,
     KafkaError._TRANSPORT,
@@ -99,8 +95,8 @@ class Owner(Protocol):
     def on_failure(self, error: KafkaError) -> None:
         """It will not go on by itself."""
 
-    def on_unsupported(self) -> None:
-        """The cluster does not know the new group protocol."""
+    def on_unsupported(self, error: KafkaError) -> None:
+        """It could not join, perhaps because the cluster does not know the new group protocol."""
 
     def on_ended(self) -> None:
         """It has left the group."""
@@ -150,6 +146,7 @@ class Member:
         self._stop = threading.Event()
         self._resting = False
         self._moved = False
+        self._joined = False
         self._busy_until = 0.0
         self.consumer: Any = Consumer(
             conf | logged(self._on_error) | {"on_commit": self._on_commit}
@@ -201,7 +198,7 @@ class Member:
             while self._jobs:
                 self._jobs.popleft()[1].cancel()
             try:
-                self.consumer.close()
+                leave(self.consumer)
             except (KafkaException, RuntimeError):
                 log.exception("subscription %s: leaving the group failed", self._name)
             self._call(self._owner.on_ended)
@@ -315,19 +312,27 @@ class Member:
     # -- errors
 
     def _on_error(self, error: KafkaError) -> None:
-        if error.code() in _UNSUPPORTED:
-            self._call(self._owner.on_unsupported)
-        elif error.fatal():
+        if error.fatal():
+            self._on_fatal(error)
+
+    def _on_fatal(self, error: KafkaError) -> None:
+        """
+        librdkafka does not say what was fatal, but in words. Before the first partition it is most
+        likely the group protocol.
+        """
+        if not self._joined or error.code() in _UNSUPPORTED:
+            self._call(self._owner.on_unsupported, error)
+        else:
             self._call(self._owner.on_failure, error)
 
     def _on_message_error(self, message: Message, error: KafkaError) -> None:
         if error.code() == KafkaError._PARTITION_EOF or error.code() in _PASSING:
             return
-        if error.code() in _UNSUPPORTED:
-            self._call(self._owner.on_unsupported)
+        if error.fatal() or error.code() == KafkaError._FATAL:
+            self._on_fatal(error)
         elif error.code() == KafkaError._AUTO_OFFSET_RESET:
             self._reset(message)
-        elif is_missing(error) or error.fatal() or not error.retriable():
+        elif is_missing(error) or not error.retriable():
             self._call(self._owner.on_failure, error)
 
     def _reset(self, message: Message) -> None:
@@ -354,11 +359,14 @@ class Member:
         fence = assigned.positions.fence
         self._call(self._owner.on_lost, [place])
         self._install([(place, PartitionPositions.at(low, fence))])
-        self.consumer.seek(TopicPartition(*place, low))
+        # Non-obvious: librdkafka has stopped it for good, and seeks no more.
+        self.consumer.incremental_unassign([TopicPartition(*place)])
+        self.consumer.incremental_assign([TopicPartition(*place, low)])
 
     # -- rebalances
 
     def _on_assign(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        self._joined = True
         if not partitions:
             return
         try:

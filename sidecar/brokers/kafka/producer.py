@@ -154,7 +154,7 @@ class KafkaPublisher:
         if self._producer is None:
             self._producer = self._make()
             self._poll()
-        self._producer.poll(0)  # what it had to say of earlier tries
+        self._serve()  # what it had to say of earlier tries
         loop = asyncio.get_running_loop()
         connecting = self._connecting = loop.create_future()
         self._give_up_at = loop.time() + timeout
@@ -417,13 +417,20 @@ class KafkaPublisher:
         self._poll_timer = None
         if self._producer is None:
             return
-        self._producer.poll(0)
+        self._serve()
         loop = asyncio.get_running_loop()
         if self._replacing:
             self._try_to_replace(loop.time())
         self._idle = not (self._sent or self._connecting)
         seconds = IDLE_POLL_SECONDS if self._idle else BUSY_POLL_SECONDS
         self._poll_timer = loop.call_later(seconds, self._poll)
+
+    def _serve(self) -> None:
+        """Let librdkafka call back."""
+        try:
+            self._producer.poll(0)
+        except KafkaException as error:  # it failed for good
+            self._on_error(error.args[0])
 
     # -- a producer that failed for good
 
@@ -499,7 +506,7 @@ class KafkaPublisher:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + FLUSH_SECONDS
         while self._sent and self._producer is not None and loop.time() < deadline:
-            self._producer.poll(0)
+            self._serve()
             await asyncio.sleep(BUSY_POLL_SECONDS)
         for timer in (self._poll_timer, self._probe_timer):
             if timer is not None:

@@ -60,13 +60,14 @@ class KafkaSource(Source):
         *,
         connected: Callable[[], bool],
         lag: Callable[[Mapping[Place, tuple[int, int]]], Awaitable[Mapping[Place, int]]],
-        on_unsupported: Callable[[], None],
+        use_classic: Callable[[], bool],
     ) -> None:
+        """*use_classic*: asked whether the old group protocol is to be used from now on."""
         self._broker = broker
         self._interest = interest
         self._connected = connected
         self._look_up_lag = lag
-        self._on_unsupported = on_unsupported
+        self._use_classic = use_classic
         self._loop = asyncio.get_running_loop()
         self._member: Member | None = None
         self._assigned: dict[Place, Assigned] = {}
@@ -376,9 +377,11 @@ class KafkaSource(Source):
             translated = SourceLost(translated.message, subscription=self._interest.name)
         self._lose(translated)
 
-    def on_unsupported(self) -> None:
-        self._on_unsupported()
-        self._lose(SourceLost("the cluster has no group protocol 'consumer': using 'classic'"))
+    def on_unsupported(self, error: KafkaError) -> None:
+        if self._use_classic():
+            self._lose(SourceLost("the cluster has no group protocol 'consumer': using 'classic'"))
+        else:
+            self.on_failure(error)
 
     def on_ended(self) -> None:
         self._lose(SourceLost("the member left its group"))
