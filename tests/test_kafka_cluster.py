@@ -84,11 +84,16 @@ def read(cluster: KafkaCluster, topic: str, count: int, **options: str) -> list[
 
 
 def refusal(options: dict[str, str]) -> str:
-    """The first thing that keeps a client with these options out; empty: nothing does."""
+    """
+    The first thing that keeps a client with these options out; empty: nothing does.
+
+    A node that hangs up first is a lost connection, and the next try tells why.
+    """
     reasons: list[str] = []
 
     def note(error: KafkaError) -> None:
-        reasons.append(error.name())
+        if error.name() not in {"_TRANSPORT", "_ALL_BROKERS_DOWN"}:
+            reasons.append(error.name())
 
     client = Producer({**options, "error_cb": note, "log_level": 0})
     deadline = time.monotonic() + SECONDS

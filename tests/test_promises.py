@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-import grpc
 import pytest
 
 from sidecar.v1 import admin_pb2 as admin
-from sidecar.v1 import event_pb2 as ev
 from sidecar.v1 import pubsub_pb2 as pb
+from tests.support.app import Client, patiently, spec_of
 from tests.support.nats_server import NatsServer
 from tests.support.sidecar_process import SidecarProcess
 from tests.support.waiting import until
@@ -28,7 +27,6 @@ servers = ["{url}"]
 auto_create_streams = true
 ack_wait_seconds = 3
 """
-LARGE = 64 * 1024 * 1024
 
 
 @pytest.fixture
@@ -41,103 +39,6 @@ async def client(mine: SidecarProcess) -> AsyncIterator[Client]:
 def mine() -> Iterator[SidecarProcess]:
     with SidecarProcess() as running:
         yield running
-
-
-class Client:
-    """Raw stubs: what an app in any language sees."""
-
-    def __init__(self, sidecar: SidecarProcess, *, largest: int = LARGE) -> None:
-        self.channel = grpc.aio.insecure_channel(
-            f"unix:{sidecar.grpc_socket}", options=[("grpc.max_receive_message_length", largest)]
-        )
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.channel.close()
-        # gRPC has a word on a cancelled call a moment after it is closed, and nobody to await for
-        # it; said to a closed loop, it is an error of whichever test runs then.
-        await asyncio.sleep(0.1)
-
-    async def publish(self, topic: str, numbers: range, data: bytes = b"") -> None:
-        events = [ev.Event(id=str(n), key="k", type="t", source="s", data=data) for n in numbers]
-        request = pb.PublishRequest(topic=topic, events=events)
-        call = self.channel.unary_unary(
-            "/sidecar.v1.PubSub/Publish",
-            request_serializer=pb.PublishRequest.SerializeToString,
-            response_deserializer=pb.PublishResponse.FromString,
-        )
-        assert all(r.HasField("receipt") for r in (await call(request)).results)
-
-    async def pull(self, spec: pb.SubscriptionSpec, count: int) -> list[pb.Delivery]:
-        request = pb.PullRequest(spec=spec, max_events=count)
-        request.wait.FromSeconds(10)
-        call = self.channel.unary_unary(
-            "/sidecar.v1.PubSub/Pull",
-            request_serializer=pb.PullRequest.SerializeToString,
-            response_deserializer=pb.PullResponse.FromString,
-        )
-        return list((await call(request)).deliveries)
-
-    async def settle(self, token: str, verdict: pb.Verdict) -> None:
-        call = self.channel.unary_unary(
-            "/sidecar.v1.PubSub/Settle",
-            request_serializer=pb.SettleRequest.SerializeToString,
-            response_deserializer=pb.SettleResponse.FromString,
-        )
-        settlement = pb.Settlement(token=token, verdict=verdict)
-        answer = await call(pb.SettleRequest(settlements=[settlement]))
-        assert not answer.results[0].HasField("failure")
-
-    async def admin(self, method: str, request: object) -> None:
-        call = self.channel.unary_unary(f"/sidecar.v1.Admin/{method}", request_serializer=_bytes)
-        await call(request)
-
-    async def subscribe(self, spec: pb.SubscriptionSpec, credit: int) -> Stream:
-        call = self.channel.stream_stream(
-            "/sidecar.v1.PubSub/Subscribe",
-            request_serializer=pb.SubscribeRequest.SerializeToString,
-            response_deserializer=pb.SubscribeResponse.FromString,
-        )()
-        await call.write(pb.SubscribeRequest(open=pb.SubscribeOpen(spec=spec), credit=credit))
-        assert (await call.read()).HasField("opened")
-        return Stream(call)
-
-
-class Stream:
-    """One Subscribe stream that acks what it takes."""
-
-    def __init__(self, call: grpc.aio.StreamStreamCall) -> None:
-        self.call = call
-
-    async def take(self, count: int) -> list[tuple[int, int]]:
-        """(number, attempt) of so many deliveries, each acked."""
-        seen: list[tuple[int, int]] = []
-        async with asyncio.timeout(15):
-            while len(seen) < count:
-                deliveries = (await self.call.read()).deliveries
-                seen += [(int(d.event.id), d.attempt) for d in deliveries]
-                settlements = [
-                    pb.Settlement(token=d.token, verdict=pb.VERDICT_ACK) for d in deliveries
-                ]
-                await self.call.write(pb.SubscribeRequest(settlements=settlements))
-        return seen
-
-    async def leave(self) -> None:
-        await self.call.done_writing()
-        while await self.call.read() is not grpc.aio.EOF:
-            pass
-        await self.call.code()
-
-
-def _bytes(message: object) -> bytes:
-    serialized: bytes = message.SerializeToString()  # type: ignore[attr-defined]
-    return serialized
-
-
-def spec_of(topic: str, **more: object) -> pb.SubscriptionSpec:
-    return pb.SubscriptionSpec(name=topic.replace(".", "-"), topic=topic, **more)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -196,32 +97,23 @@ async def test_an_orderly_stop_counts_nothing_and_a_nack_is_not_forgotten(topic:
         attempts = []
         for end in (sidecar.restart, sidecar.restart):
             async with Client(sidecar) as client:
-                [delivery] = await _patiently(client, spec)
+                [delivery] = await patiently(client, spec)
                 attempts.append(delivery.attempt)
             await asyncio.to_thread(end)
         async with Client(sidecar) as client:
-            [delivery] = await _patiently(client, spec)
+            [delivery] = await patiently(client, spec)
             attempts.append(delivery.attempt)
             await client.settle(delivery.token, pb.VERDICT_NACK)
-            [delivery] = await _patiently(client, spec)
+            [delivery] = await patiently(client, spec)
             attempts.append(delivery.attempt)
         await asyncio.to_thread(sidecar.kill)
         await asyncio.to_thread(sidecar.start)
         async with Client(sidecar) as client:
-            [delivery] = await _patiently(client, spec)
+            [delivery] = await patiently(client, spec)
             attempts.append(delivery.attempt)
 
     # The second attempt was interrupted by the kill, so it is had once more.
     assert attempts == [1, 1, 1, 2, 2]
-
-
-async def _patiently(client: Client, spec: pb.SubscriptionSpec) -> list[pb.Delivery]:
-    """Pull until it comes: a server that was stopped gives back after the ack wait only."""
-    for _ in range(5):
-        deliveries = await client.pull(spec, 1)
-        if deliveries:
-            return deliveries
-    raise AssertionError("nothing came")
 
 
 async def test_a_consumer_that_does_not_read_costs_no_memory_and_few_attempts(

@@ -54,6 +54,7 @@ def _show_all(console: Console, found: Status) -> None:
     _show_brokers(console, found)
     _show_routes(console, found)
     _show_subscriptions(console, found)
+    _show_lag(console, found)
 
 
 def _show_brokers(console: Console, found: Status) -> None:
@@ -95,6 +96,17 @@ def _show_subscriptions(console: Console, found: Status) -> None:
     ]
     counts = ("consumers", "in flight", "waiting", "to retry", "lag")
     _show_table(console, ("subscription", "topic", "broker", "state", *counts), rows)
+
+
+def _show_lag(console: Console, found: Status) -> None:
+    """Which partitions are behind, where there are several."""
+    rows = [
+        (s.name, p.topic, str(p.partition), str(p.lag_events))
+        for s in found.subscriptions
+        for p in s.partitions
+        if p.lag_events and len(s.partitions) > 1
+    ]
+    _show_table(console, ("behind: subscription", "topic", "partition", "lag"), rows)
 
 
 def _show_table(console: Console, heads: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:

@@ -17,6 +17,7 @@ from sidecar.client.values import (
     CallFailed,
     Delivery,
     Opened,
+    PartitionLag,
     PublishFailed,
     RetryPolicy,
     RouteStatus,
@@ -295,6 +296,9 @@ def _subscription_from(message: admin_pb2.SubscriptionStatus) -> SubscriptionSta
         retry_waiting_events=message.retry_waiting_events,
         lag_events=message.lag_events if message.HasField("lag_events") else None,
         declared=message.declared,
+        partitions=tuple(
+            PartitionLag(p.topic, p.partition, p.lag_events) for p in message.partitions
+        ),
     )
 
 

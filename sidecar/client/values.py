@@ -134,6 +134,12 @@ class RouteStatus(msgspec.Struct, frozen=True):
     broker: str
 
 
+class PartitionLag(msgspec.Struct, frozen=True):
+    topic: str
+    partition: int
+    lag_events: int
+
+
 class SubscriptionStatus(msgspec.Struct, frozen=True):
     """*state* is connecting, active, paused or draining; *lag_events* is None where unknown."""
 
@@ -149,6 +155,8 @@ class SubscriptionStatus(msgspec.Struct, frozen=True):
     retry_waiting_events: int
     lag_events: int | None
     declared: bool
+    partitions: Sequence[PartitionLag] = ()
+    """*lag_events* by partition, where the broker has partitions."""
 
 
 class Status(msgspec.Struct, frozen=True):

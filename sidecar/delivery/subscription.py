@@ -28,7 +28,7 @@ from sidecar.telemetry.facts import DeadLettered, Facts, Settled
 from sidecar.wire.timestamps import now_ns
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Sequence
+    from collections.abc import Collection, Hashable, Mapping, Sequence
 
     from sidecar.config import Subscription as Settings
     from sidecar.delivery.deadletters import DeadLetters
@@ -653,6 +653,15 @@ class Subscription:
             return await self._source.lag()
         except (BrokerUnavailable, SourceLost):
             return None
+
+    async def lag_by_partition(self) -> Mapping[tuple[str, int], int]:
+        """By topic and partition; empty where the broker has none, or it is not known."""
+        if self._source is None:
+            return {}
+        try:
+            return await self._source.lag_by_partition()
+        except (BrokerUnavailable, SourceLost):
+            return {}
 
     @property
     def dropped(self) -> int:

@@ -151,6 +151,8 @@ class Admin:
 async def _subscription(subscription: Subscription) -> pb.SubscriptionStatus:
     settings, window = subscription.settings, subscription.window
     out, retrying = window.out, window.retrying
+    partitions = await subscription.lag_by_partition()
+    lag = sum(partitions.values()) if partitions else await subscription.lag()
     if subscription.draining:
         state = pb.SUBSCRIPTION_STATE_DRAINING
     elif subscription.paused:
@@ -172,8 +174,12 @@ async def _subscription(subscription: Subscription) -> pb.SubscriptionStatus:
         in_flight_events=out,
         waiting_events=len(window) - out - retrying,
         retry_waiting_events=retrying,
-        lag_events=await subscription.lag(),
+        lag_events=lag,
         declared=subscription.declared,
+        partitions=[
+            pb.PartitionLag(topic=topic, partition=partition, lag_events=events)
+            for (topic, partition), events in sorted(partitions.items())
+        ],
     )
 
 

@@ -80,7 +80,7 @@ class RouteStatus(_message.Message):
     def __init__(self, topic: _Optional[str] = ..., event_type: _Optional[str] = ..., broker: _Optional[str] = ...) -> None: ...
 
 class SubscriptionStatus(_message.Message):
-    __slots__ = ("name", "topic", "broker", "ordering", "state", "detail", "consumers", "in_flight_events", "waiting_events", "retry_waiting_events", "lag_events", "declared")
+    __slots__ = ("name", "topic", "broker", "ordering", "state", "detail", "consumers", "in_flight_events", "waiting_events", "retry_waiting_events", "lag_events", "declared", "partitions")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     BROKER_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +93,7 @@ class SubscriptionStatus(_message.Message):
     RETRY_WAITING_EVENTS_FIELD_NUMBER: _ClassVar[int]
     LAG_EVENTS_FIELD_NUMBER: _ClassVar[int]
     DECLARED_FIELD_NUMBER: _ClassVar[int]
+    PARTITIONS_FIELD_NUMBER: _ClassVar[int]
     name: str
     topic: str
     broker: str
@@ -105,7 +106,18 @@ class SubscriptionStatus(_message.Message):
     retry_waiting_events: int
     lag_events: int
     declared: bool
-    def __init__(self, name: _Optional[str] = ..., topic: _Optional[str] = ..., broker: _Optional[str] = ..., ordering: _Optional[_Union[_pubsub_pb2.Ordering, str]] = ..., state: _Optional[_Union[SubscriptionState, str]] = ..., detail: _Optional[str] = ..., consumers: _Optional[int] = ..., in_flight_events: _Optional[int] = ..., waiting_events: _Optional[int] = ..., retry_waiting_events: _Optional[int] = ..., lag_events: _Optional[int] = ..., declared: _Optional[bool] = ...) -> None: ...
+    partitions: _containers.RepeatedCompositeFieldContainer[PartitionLag]
+    def __init__(self, name: _Optional[str] = ..., topic: _Optional[str] = ..., broker: _Optional[str] = ..., ordering: _Optional[_Union[_pubsub_pb2.Ordering, str]] = ..., state: _Optional[_Union[SubscriptionState, str]] = ..., detail: _Optional[str] = ..., consumers: _Optional[int] = ..., in_flight_events: _Optional[int] = ..., waiting_events: _Optional[int] = ..., retry_waiting_events: _Optional[int] = ..., lag_events: _Optional[int] = ..., declared: _Optional[bool] = ..., partitions: _Optional[_Iterable[_Union[PartitionLag, _Mapping]]] = ...) -> None: ...
+
+class PartitionLag(_message.Message):
+    __slots__ = ("topic", "partition", "lag_events")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    PARTITION_FIELD_NUMBER: _ClassVar[int]
+    LAG_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    partition: int
+    lag_events: int
+    def __init__(self, topic: _Optional[str] = ..., partition: _Optional[int] = ..., lag_events: _Optional[int] = ...) -> None: ...
 
 class PauseSubscriptionRequest(_message.Message):
     __slots__ = ("subscription",)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from sidecar.broker import Broker, Capabilities, Interest, Source, Start
 from sidecar.brokers.kafka.client import FRAMING_BYTES, Conf, common, options
@@ -14,12 +13,13 @@ from sidecar.brokers.kafka.groups import Groups
 from sidecar.brokers.kafka.member import Member, Place
 from sidecar.brokers.kafka.producer import KafkaPublisher
 from sidecar.brokers.kafka.source import KafkaSource
+from sidecar.brokers.kafka.threads import Threads
 from sidecar.brokers.kafka.topics import Topics
 from sidecar.errors import BrokerUnavailable
 from sidecar.event import Durability, Event, Outcome, has_wildcard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from sidecar.config import Kafka as Settings
 
@@ -70,7 +70,7 @@ class KafkaBroker(Broker):
         self._classic = settings.group_protocol == "classic"
         self._sources: list[KafkaSource] = []
         self._closed = False
-        self._threads = ThreadPoolExecutor(THREADS, f"kafka-{name}")
+        self._in_thread = Threads(f"kafka-{name}", THREADS).run
         self._topics = Topics(
             name,
             settings,
@@ -101,9 +101,6 @@ class KafkaBroker(Broker):
         self, topic: str, events: Sequence[Event], *, broker_ids: Sequence[str] | None = None
     ) -> asyncio.Future[Sequence[Outcome]]:
         return self._publisher.publish(topic, events)
-
-    def _in_thread(self, function: Callable[..., Any], *arguments: object) -> asyncio.Future[Any]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     # -- subscriptions
 
@@ -220,4 +217,3 @@ class KafkaBroker(Broker):
             tasks.create_task(self._publisher.close())
             for source in self._sources:
                 tasks.create_task(source.close())
-        self._threads.shutdown(wait=False, cancel_futures=True)
