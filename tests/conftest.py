@@ -10,11 +10,22 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import pytest
 
+from tests.support import kafka, kafka_mock
 from tests.support.nats_server import NatsServer
 from tests.support.sidecar_process import SidecarProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say plainly what was not shown; in continuous integration it is a failure instead."""
+    reason = kafka.available()
+    if reason is not None:
+        terminalreporter.section("Kafka", yellow=True)
+        terminalreporter.write_line(
+            f"{reason}: the driver ran on librdkafka's mock cluster. Not shown: {kafka_mock.NOT_SHOWN}."
+        )
 
 
 @pytest.fixture

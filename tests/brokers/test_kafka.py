@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import confluent_kafka
@@ -41,6 +39,7 @@ from tests.conformance.acting import (
 )
 from tests.conformance.harness import fresh
 from tests.support.kafka import KafkaCluster, require
+from tests.support.kafka_mock import handle_of, librdkafka
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -250,14 +249,9 @@ async def test_a_setting_that_librdkafka_does_not_know_is_refused_by_its_name(
 
 
 def fail_for_good(producer: Any) -> None:
-    """librdkafka's own way to test it, on the real producer (rd_kafka_test_fatal_error)."""
-    folder = Path(confluent_kafka.__file__).parent.parent / "confluent_kafka.libs"
-    (library,) = folder.glob("librdkafka*")
-    rdkafka = ctypes.CDLL(str(library))
-    # The handle is the first field behind CPython's head of an object.
-    handle = ctypes.c_void_p.from_address(id(producer) + object.__basicsize__)
+    """librdkafka's own way to test it, on the real producer."""
     out_of_order = 45
-    rdkafka.rd_kafka_test_fatal_error(handle, out_of_order, b"a test")
+    librdkafka().rd_kafka_test_fatal_error(handle_of(producer), out_of_order, b"a test")
 
 
 async def test_a_producer_that_failed_for_good_is_replaced_and_nothing_is_lost(

@@ -90,8 +90,7 @@ async def test_a_wrong_password_is_refused_and_never_shown(
     cluster: KafkaCluster, mechanism: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At once, and it may be tried again: it is right some day."""
-    settings = secured(cluster, "SASL_SSL", sasl_mechanism=mechanism)
-    settings["password"] = "hunter2"
+    settings = secured(cluster, "SASL_SSL", sasl_mechanism=mechanism) | {"password": "hunter2"}
     said = []
     async with broker_with(settings) as broker:
         for _ in range(2):

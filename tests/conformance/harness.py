@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
 import nats
 from confluent_kafka import Producer
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from sidecar.broker import Broker, Capabilities
     from tests.support.kafka import KafkaCluster
+    from tests.support.kafka_mock import MockCluster
     from tests.support.nats_server import NatsServer
 
 CONNECT_SECONDS = 1.0
@@ -54,8 +56,8 @@ class Harness(ABC):
     """
     One kind of broker. Every instance that *make* gives is on the same server.
 
-    *features* are for the marker `needs`, beside the names of Capabilities: "server" can be
-    stopped and paused, "foreign" takes messages from other clients, "frames" is spoken in the lines
+    *features* are for the marker `needs`, beside the names of Capabilities: "topics" are made
+    when they are first used, "server" can be stopped and paused, "foreign" takes messages from other clients, "frames" is spoken in the lines
     of NATS, "bare-json" takes structured events that no header announces.
     """
 
@@ -71,6 +73,9 @@ class Harness(ABC):
     def address(self) -> tuple[str, int]:
         """Host and port of the server, for a client of one's own."""
         raise NotImplementedError
+
+    def make_topic(self, topic: str) -> None:  # noqa: B027 - brokers make their own
+        """Before a test's topic is used."""
 
     @abstractmethod
     def make(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
@@ -102,6 +107,7 @@ class MemoryHarness(Harness):
     """Its server is the process: another sidecar is the same instance."""
 
     capabilities = MemoryBroker.capabilities
+    features = frozenset({"topics"})
 
     def __init__(self, server: None) -> None:
         super().__init__(server)
@@ -113,7 +119,7 @@ class MemoryHarness(Harness):
 
 class NatsHarness(Harness):
     capabilities = NatsBroker.capabilities
-    features = frozenset({"server", "foreign", "frames", "bare-json"})
+    features = frozenset({"topics", "server", "foreign", "frames", "bare-json"})
     server_fixture = "shared_nats_server"
     server: NatsServer
 
@@ -176,7 +182,7 @@ class KafkaHarness(Harness):
     """Topics have one partition: what one sidecar has of it, another has not."""
 
     capabilities = KafkaBroker.capabilities
-    features = frozenset({"server", "foreign"})
+    features = frozenset({"topics", "server", "foreign"})
     server_fixture = "shared_kafka"
     server: KafkaCluster
 
@@ -226,3 +232,17 @@ class KafkaHarness(Harness):
         named = {name.replace("ce-", "ce_"): value for name, value in (headers or {}).items()}
         producer.produce(topic, data, headers=named)
         assert await asyncio.to_thread(producer.flush, 10) == 0
+
+
+class KafkaMockHarness(KafkaHarness):
+    """Where there is no Java: librdkafka's mock, which does not die, and makes no topics on request."""
+
+    capabilities = msgspec.structs.replace(KafkaBroker.capabilities, lag=False, seeks=False)
+    features = frozenset({"foreign"})
+    server: MockCluster  # type: ignore[assignment]
+
+    def make_topic(self, topic: str) -> None:
+        self.server.create_topic(topic)
+
+    def start(self) -> None:
+        """It always runs."""

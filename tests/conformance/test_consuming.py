@@ -268,6 +268,7 @@ async def test_two_subscriptions_of_a_topic_get_every_event_each(
     assert ids(await take(other, 20)) == numbers(20)
 
 
+@pytest.mark.needs("topics")
 async def test_a_pattern_gets_the_topics_that_match_and_no_others(
     broker: Broker, topic: str
 ) -> None:

@@ -17,7 +17,8 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from tests.support.kafka_jars import install as jars
-from tests.support.kafka_jars.install import Installation, available
+from tests.support.kafka_jars.install import Installation
+from tests.support.kafka_jars.install import available as available  # noqa: PLC0414 - for others
 from tests.support.kafka_jars.node import Node, kafka_uuid
 from tests.support.kafka_jars.settings import (
     PASSWORD,
