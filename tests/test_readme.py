@@ -77,4 +77,4 @@ def test_the_configuration_printed_is_valid() -> None:
     [printed] = blocks("toml")
     checked = config.check(tomllib.loads(printed))
 
-    assert list(checked.brokers) == ["realtime", "work"]
+    assert list(checked.brokers) == ["realtime", "log"]
