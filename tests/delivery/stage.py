@@ -99,8 +99,8 @@ class _GarblingSource(Source):
     def ack(self, handles: Sequence[Hashable]) -> None:
         self._inner.ack(handles)
 
-    def failed(self, handle: Hashable, attempts: int) -> None:
-        self._inner.failed(handle, attempts)
+    def failed(self, handle: Hashable, attempts: int) -> asyncio.Future[None] | None:
+        return self._inner.failed(handle, attempts)
 
     def release(self, handles: Sequence[Hashable]) -> None:
         self._inner.release(handles)
@@ -113,6 +113,30 @@ class _GarblingSource(Source):
 
     async def close(self) -> None:
         await self._inner.close()
+
+
+class Parting(MemoryBroker):
+    """A broker whose sources can be told to lose events to another, and to be slow to record."""
+
+    source: PartingSource
+
+    async def subscribe(self, interest: Interest) -> Source:
+        self.source = PartingSource(await super().subscribe(interest))
+        return self.source
+
+
+class PartingSource(_GarblingSource):
+    """The tests call *on_leaving* and *on_revoked* on it, as a driver would."""
+
+    recorded: asyncio.Future[None] | None = None
+    """What `failed` answers next."""
+
+    async def fetch(self, limit: int) -> Sequence[Incoming]:
+        return await self._inner.fetch(limit)
+
+    def failed(self, handle: Hashable, attempts: int) -> asyncio.Future[None] | None:
+        self._inner.failed(handle, attempts)
+        return self.recorded
 
 
 def _garbled(incoming: Incoming) -> Incoming:

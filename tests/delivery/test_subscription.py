@@ -17,6 +17,7 @@ from tests.delivery.stage import (
     App,
     Garbling,
     Moody,
+    Parting,
     ids,
     memory,
     numbers,
@@ -647,3 +648,83 @@ async def test_a_subscription_that_lost_its_source_subscribes_again() -> None:
         again = await app.take(2)
 
     assert ids(again) == ["1", "2"]
+
+
+# -- events that are to be another sidecar's
+
+
+async def test_what_is_to_leave_waits_for_the_app_to_settle_what_it_has() -> None:
+    """An ack, a nack and a reject: each is an answer. What the app has not is not handed out."""
+    broker = Parting("memory", Memory(type="memory"))
+    async with running(broker) as sidecar:
+        app = sidecar.app(credit=3)
+        await sidecar.publish("orders.x", *(make(str(n)) for n in range(6)))
+        first, second, third = await app.take(3)
+        identities = [held.incoming.identity for held in app.subscription.window.held()]
+        done = broker.source.on_leaving(identities)
+        assert done is not None
+        sidecar_has = len(app.subscription.window)
+        app.subscription.credit(app, 100)
+        app.ack(first)
+        app.nack(second, 0.0)
+        await asyncio.sleep(0.01)
+        waited = not done.done()
+        app.reject(third)
+        async with asyncio.timeout(1):
+            await done
+        left = len(app.subscription.window)
+
+    assert len(identities) == 6
+    assert (sidecar_has, waited, left) == (3, True, 0)
+    assert app.given == 3
+
+
+async def test_what_is_to_leave_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.delivery.subscription.PARTING_SECONDS", 0.05)
+    broker = Parting("memory", Memory(type="memory"))
+    async with running(broker) as sidecar:
+        app = sidecar.app()
+        await sidecar.publish("orders.x", make("1"))
+        delivery = await app.one()
+        (held,) = app.subscription.window.held()
+        done = broker.source.on_leaving([held.incoming.identity])
+        assert done is not None
+        async with asyncio.timeout(5):
+            await done
+        broker.source.on_revoked([held.incoming.identity])
+        late = app.settle(delivery.token, Verdict.ACK)
+
+    assert isinstance(late, AlreadySettled)
+
+
+async def test_nothing_waits_when_the_app_has_nothing() -> None:
+    broker = Parting("memory", Memory(type="memory"))
+    async with running(broker) as sidecar:
+        app = sidecar.app(credit=0)
+        await sidecar.publish("orders.x", make("1"))
+        await until(lambda: len(app.subscription.window) == 1)
+        (held,) = app.subscription.window.held()
+
+        assert broker.source.on_leaving([held.incoming.identity]) is None
+        assert len(app.subscription.window) == 0
+
+
+async def test_a_retry_waits_until_the_broker_knows_of_the_failure() -> None:
+    """Else the one who goes on after a crash would count one delivery less."""
+    broker = Parting("memory", Memory(type="memory"))
+    async with running(broker) as sidecar:
+        app = sidecar.app()
+        await sidecar.publish("orders.x", make("1"), make("2"))
+        first, second = await app.take(2)
+        recorded = broker.source.recorded = asyncio.get_running_loop().create_future()
+        app.nack(first, 0.0)
+        broker.source.recorded = None
+        app.nack(second, 0.0)
+        quick = await app.one()
+        given = app.given
+        recorded.set_result(None)
+        slow = await app.one()
+
+    assert (quick.event.id, quick.attempt) == ("2", 2)
+    assert given == 3
+    assert (slow.event.id, slow.attempt) == ("1", 2)

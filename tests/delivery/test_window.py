@@ -150,6 +150,70 @@ def test_what_is_given_back_by_a_consumer_was_no_attempt() -> None:
     assert [held.attempt for held in take(lanes)] == [1]
 
 
+def test_what_the_app_has_stays_when_all_else_is_revoked() -> None:
+    """It may still be settled; what waited behind it, and what was ready, is another's."""
+    lanes = window()
+    arrive(lanes, *(incoming(number, "a") for number in (1, 2)), incoming(3, "b"), incoming(4))
+    (out,) = take(lanes, 1)
+    stay = lanes.revoke([1, 2, 3, 4, 99], but={State.OUT})
+
+    assert stay == [out]
+    assert len(lanes) == 1
+    assert take(lanes) == []
+    assert lanes.find(out.token) is out
+    lanes.done(out)
+    assert lanes.next_time() is None
+    assert inside(lanes) == EMPTY
+
+
+# -- failures that are to be recorded first
+
+
+def test_a_retry_waits_until_its_failure_is_recorded() -> None:
+    """However long its time is over; and then it is due at once."""
+    lanes = window()
+    (held,) = arrive(lanes, incoming(1))
+    take(lanes)
+    lanes.retry(held, 5.0, recorded=False)
+    early = lanes.due(100.0)
+    taken_early = take(lanes)
+    lanes.recorded(held)
+    due_at = lanes.next_time()
+    lanes.due(100.0)
+
+    assert (early, taken_early, due_at) == ([], [], 5.0)
+    assert sequences(take(lanes)) == [1]
+    assert held.attempt == 2
+
+
+def test_a_failure_that_is_recorded_in_time_changes_nothing() -> None:
+    lanes = window()
+    (held,) = arrive(lanes, incoming(1))
+    take(lanes)
+    lanes.retry(held, 5.0, recorded=False)
+    lanes.recorded(held)
+    lanes.due(4.9)
+    too_early = take(lanes)
+    lanes.due(5.0)
+
+    assert too_early == []
+    assert sequences(take(lanes)) == [1]
+
+
+def test_what_goes_back_unrecorded_is_known_with_its_time_when_it_comes_again() -> None:
+    lanes = window()
+    (held,) = arrive(lanes, incoming(1))
+    take(lanes)
+    lanes.retry(held, 5.0, recorded=False)
+    lanes.due(6.0)
+    lanes.give_back()
+    lanes.recorded(held)
+    arrive(lanes, incoming(1))
+    lanes.due(6.0)
+
+    assert [(one.incoming.identity, one.attempt) for one in take(lanes)] == [(1, 2)]
+
+
 def test_a_revoked_event_is_forgotten_and_its_lane_moves_on() -> None:
     lanes = window()
     first, _, _ = arrive(lanes, incoming(1, "a"), incoming(2, "a"), incoming(3, "b"))
