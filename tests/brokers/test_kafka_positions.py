@@ -21,6 +21,8 @@ from sidecar.brokers.kafka.positions import (
     MAX_GAP,
     METADATA_BYTES,
     PartitionPositions,
+    fence_metadata,
+    fence_of,
 )
 from sidecar.config import Retry
 
@@ -130,20 +132,24 @@ class Group(RuleBasedStateMachine):
         self.out.remove(offset)
         self.back.add(offset)
 
+    @precondition(lambda self: self.back)
     @rule()
-    def rewind(self) -> None:
-        self.next = self.positions.rewind()
+    def again(self) -> None:
+        batch = sorted(self.back)
+        got = handed_out(self.positions, batch)
+        self.out.update(got)
+        self.back.clear()
 
-        assert all(offset >= self.next for offset in self.back)
+        assert got == {offset: self.attempts.get(offset, 0) for offset in batch}
 
     @rule(data=st.data())
     def vanish(self, data: st.DataObject) -> None:
-        """The broker's compaction or retention takes a record that was not acked."""
-        there = [offset for offset in self.log if offset not in self.acked | self.out]
+        """The broker's compaction or retention takes a record that was not acked, nor fetched."""
+        kept = self.acked | self.out | self.back
+        there = [offset for offset in self.log if offset not in kept]
         if there:
             offset = data.draw(st.sampled_from(there))
             self.log.remove(offset)
-            self.back.discard(offset)
             self.attempts.pop(offset, None)
             self.vanished = True
 
@@ -284,36 +290,64 @@ def test_more_attempts_than_are_kept_cannot_be_configured() -> None:
     assert handed_out(PartitionPositions(*committed(positions)), [0]) == {0: MAX_ATTEMPTS}
 
 
-def test_released_offsets_come_again_after_a_rewind_and_only_they() -> None:
+def test_released_offsets_come_again_and_only_they() -> None:
     positions = PartitionPositions(0)
     handed_out(positions, range(6))
     positions.failed(2, 4)
     positions.released(2)
     positions.released(4)
     positions.acked(3)
-    before = positions.next_offset
-    after = positions.rewind()
+    waiting, out = positions.waiting, positions.out
 
-    assert (before, after) == (6, 2)
+    assert (waiting, out, positions.end) == (2, [0, 1, 5], 6)
     assert handed_out(positions, range(2, 7)) == {2: 4, 4: 0, 6: 0}
+    assert positions.waiting == 0
 
 
-def test_what_vanished_while_it_waited_to_come_again_holds_nothing_back() -> None:
-    """The broker's retention or compaction took it: no new owner would get it either."""
-    positions = PartitionPositions(0)
-    handed_out(positions, range(4))
-    positions.failed(1, 2)
-    for offset in (0, 1, 3):
-        positions.released(offset)
-    positions.acked(2)
-    held = committed(positions)
-    positions.rewind()
-    again = handed_out(positions, [3])
+def test_what_vanished_before_a_new_owner_fetched_it_holds_nothing_back() -> None:
+    """The broker's retention or compaction took it: nobody gets it any more."""
+    former = PartitionPositions(0)
+    handed_out(former, range(4))
+    former.failed(1, 2)
+    former.acked(2)
+    former.acked(3)
+    positions = PartitionPositions(*committed(former))
+    waiting = positions.waiting
+    again = handed_out(positions, [4])
 
-    assert held[0] == 0
-    assert again == {3: 0}
-    assert committed(positions) == (3, "")
+    assert waiting == 2
+    assert again == {4: 0}
+    assert committed(positions) == (4, "")
     assert "failing=0" in repr(positions)
+
+
+# -- the mark of a move
+
+
+def test_the_fence_is_handed_down_from_owner_to_owner() -> None:
+    """With and without anything else to say; it takes the place of no offset."""
+    moved = PartitionPositions(7, fence_metadata("0a1b2c3d"))
+    handed_out(moved, range(7, 12))
+    moved.acked(9)
+    first = committed(moved)
+    heir = PartitionPositions(*first)
+    got = handed_out(heir, range(7, 13))
+    for offset in got:
+        heir.acked(offset)
+    last = committed(heir)
+
+    assert (moved.fence, heir.fence) == ("0a1b2c3d", "0a1b2c3d")
+    assert list(got) == [7, 8, 10, 11, 12]
+    assert last == (13, "sc1:0a1b2c3d;")
+    assert PartitionPositions.at(5, "0a1b2c3d").commit() == (5, "sc1:0a1b2c3d;")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["", "0a1b2c3d;", "sc1:", "sc1:0a1b2c3", "sc1:0a1b2c3d", "sc1:0A1B2C3D;", "sc2:0a1b2c3d;"],
+)
+def test_what_is_no_fence_is_none(metadata: str) -> None:
+    assert fence_of(metadata) == ""
 
 
 # -- the bound
@@ -449,10 +483,9 @@ def test_released_offsets_are_fetched_again_however_wide_it_is() -> None:
     taken = until_wide(positions, itertools.count())
     for offset in taken:
         positions.released(offset)
-    positions.rewind()
-    wide = [(positions.too_wide, positions.fetched(offset)) for offset in taken]
+    again = [positions.fetched(offset) for offset in taken]
 
-    assert wide == [(False, 0)] * len(taken)
+    assert again == [0] * len(taken)
     assert positions.too_wide
 
 

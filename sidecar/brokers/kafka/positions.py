@@ -32,14 +32,14 @@ class PartitionPositions:
     above it, and how often each pending one has failed. A new owner, made from both, hands out
     only what was not acked then.
 
-    Ask `too_wide` before each `fetched`, also for what was fetched ahead. While it is true, take
+    Ask `too_wide` before each `fetched`, also for what was fetched ahead, but not for what was
+    released. While it is true, take
     nothing more: with one more offset the metadata could outgrow its limit, by what is acked or
     fails next. Go on at `next_offset` when it is false again.
 
-    Non-obvious: a record that is passed over while fetching is no record any more. So after
-    `rewind`, drop what the client had fetched before its seek: told here, it would pass over all
-    that was released. And when the broker itself moves us back (its log was cut), begin with
-    `at`: what is below the commit is otherwise taken for done.
+    Non-obvious: a record of a former owner that is passed over while fetching is no record any
+    more. And when the broker itself moves us back (its log was cut), begin with `at`: what is
+    below the commit is otherwise taken for done.
 
     A move of the group leaves its mark in the metadata, the *fence*, and whoever goes on from
     there hands it down. So a member that commits without having seen the move is found out.
@@ -70,7 +70,7 @@ class PartitionPositions:
         self._pending: OrderedDict[int, bool] = OrderedDict()
         self._attempts: dict[int, int] = {}
         self._ahead: deque[int] = deque()
-        """Pending ones that were given back, or are a former owner's, and are fetched again."""
+        """Pending ones of a former owner that are to be fetched again."""
         self._high = committed
         """Above all that were fetched, by a former owner too as far as it said."""
         self._top = committed - 1
@@ -129,7 +129,7 @@ class PartitionPositions:
         The failed attempts so far of an offset that is to be handed out now.
 
         None: skip it, it was acked before or is handed out already. Offsets come in ascending order
-        from `next_offset` on.
+        from `next_offset` on; those that were released come at any time.
         """
         if self._ahead:
             self._pass_over(offset)
@@ -198,14 +198,9 @@ class PartitionPositions:
         self._changed = True
 
     def released(self, offset: int) -> None:
-        """Given back untouched: the next owner gets it, or this one after `rewind`."""
+        """Given back untouched: whoever fetches it next gets it, here or elsewhere."""
         if self._pending.get(offset):
             self._pending[offset] = False
-
-    def rewind(self) -> int:
-        """The offset to seek to now, so that all that was released is fetched again."""
-        self._ahead = deque(offset for offset, out in self._pending.items() if not out)
-        return self.next_offset
 
     # -- out to the broker
 

@@ -31,6 +31,8 @@ RETRY_SECONDS = 0.1
 """Before a commit that failed is tried again."""
 UNANSWERED_SECONDS = 15.0
 """After so long a commit counts as failed."""
+PATIENCE_SECONDS = 5.0
+"""A rebalance refuses commits for a moment, and that is no news."""
 CLOSE_SECONDS = 1.8
 AWAY_SECONDS = 5.0
 
@@ -80,6 +82,8 @@ class KafkaSource(Source):
         self._timer_due = 0.0
         self._committing: asyncio.TimerHandle | None = None
         """The watch over the commit that is under way."""
+        self._uncommitted_since = 0.0
+        self._uncommitted_told = False
         self._sent: list[TopicPartition] = []
         """What it commits."""
         self._recorded: list[asyncio.Future[None]] = []
@@ -280,7 +284,9 @@ class KafkaSource(Source):
         self._member.commit(offsets)
         self._recording, self._recorded = self._recorded, []
         self._sent = offsets
-        self._committing = self._loop.call_later(UNANSWERED_SECONDS, self.on_committed, None, ())
+        self._committing = self._loop.call_later(
+            UNANSWERED_SECONDS, self.on_committed, KafkaError(KafkaError._TIMED_OUT), ()
+        )
 
     def _due(self, partitions: Iterable[Assigned]) -> list[TopicPartition]:
         """What to commit now, of partitions that are ours."""
@@ -304,6 +310,7 @@ class KafkaSource(Source):
                 # The answer does not repeat the metadata.
                 self._assigned[place].positions.confirm(sent.offset, sent.metadata or "")
         recording, self._recording = self._recording, []
+        self._tell_commits(error or next((p.error for p in partitions if p.error), None))
         if all_of_it:
             _tell(recording)
             if self._recorded:
@@ -314,6 +321,23 @@ class KafkaSource(Source):
             # A rebalance, or the coordinator moved: it goes with what is ours then.
             self._recorded = recording + self._recorded
             self._commit_in(RETRY_SECONDS)
+
+    def _tell_commits(self, error: KafkaError | None) -> None:
+        """Log when committing begins to fail for long, and when it works again."""
+        now = self._loop.time()
+        if error is None:
+            if self._uncommitted_told:
+                log.info("subscription %s: commits work again", self._interest.name)
+            self._uncommitted_since, self._uncommitted_told = 0.0, False
+            return
+        self._uncommitted_since = self._uncommitted_since or now
+        if now - self._uncommitted_since > PATIENCE_SECONDS and not self._uncommitted_told:
+            self._uncommitted_told = True
+            log.warning(
+                "subscription %s: its acks cannot be committed: %s",
+                self._interest.name,
+                error.str(),
+            )
 
     # -- what the member tells
 
