@@ -146,6 +146,11 @@ class Source(ABC):
         return None
 
     @property
+    def rest_seconds(self) -> float:
+        """Unused for so long, it is to be closed, so that other sidecars get what it holds."""
+        return 1.0
+
+    @property
     def dropped(self) -> int:
         """Events lost since the source was opened; 0 for ever where the broker redelivers."""
         return 0

@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IDLE_SECONDS = 1.0
-"""Without a consumer for so long, what is held goes back to the broker, for another sidecar."""
 RETRY_SECONDS = (0.1, 5.0)
 """Pause before subscribing again: at first, and at most."""
 AWAY_SECONDS = 0.5
+LOOK_SECONDS = 1.0
+"""How often it is looked whether nobody consumes any more."""
 LOG_SECONDS = 10.0
 """Dead letters are logged this often, with their number."""
 PARTING_SECONDS = 3.0
@@ -208,7 +208,7 @@ class Subscription:
         while True:
             async with asyncio.TaskGroup() as tasks:
                 feed = tasks.create_task(self._feed(source))
-                quiet = tasks.create_task(self._quiet())
+                quiet = tasks.create_task(self._quiet(source.rest_seconds))
                 await asyncio.wait([feed, quiet], return_when=asyncio.FIRST_COMPLETED)
                 feed.cancel()
                 quiet.cancel()
@@ -261,13 +261,17 @@ class Subscription:
     def _consumed(self) -> bool:
         return bool(self.consumers) and not self.paused
 
-    async def _quiet(self) -> None:
-        """Return when nobody has consumed for a while and nothing is out, or when we drain."""
+    async def _quiet(self, seconds: float) -> None:
+        """
+        Return when nobody has consumed for so long and nothing is out, or when we drain.
+
+        What is held goes back to the broker then, for another sidecar.
+        """
         clock = asyncio.get_running_loop().time
         while not self._stop.is_set():
-            wait = IDLE_SECONDS
+            wait = min(seconds, LOOK_SECONDS)
             if not self._consumed and not self.window.out:
-                wait = self._last_used + IDLE_SECONDS - clock()
+                wait = self._last_used + seconds - clock()
                 if wait <= 0:
                     return
             await self._sleep(wait)

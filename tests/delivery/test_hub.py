@@ -10,7 +10,6 @@ import pytest
 
 from sidecar.config import Memory
 from sidecar.config import Subscription as Settings
-from sidecar.delivery import subscription as module
 from sidecar.delivery.hub import CROWDED_IDLE_SECONDS, DESCRIBED_IDLE_SECONDS, MAX_DESCRIBED, Hub
 from sidecar.errors import (
     AlreadySettled,
@@ -453,7 +452,7 @@ async def test_what_was_given_back_untouched_is_no_attempt_when_it_comes_again()
         leaver.ack(await leaver.one())
         leaver.leave()
         window = leaver.subscription.window
-        await until(lambda: not len(window), seconds=2 * module.IDLE_SECONDS + 2)
+        await until(lambda: not len(window), seconds=4)
         again = await sidecar.app().one()
 
     assert (again.event.id, again.attempt) == ("2", 1)

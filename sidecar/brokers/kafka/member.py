@@ -145,6 +145,8 @@ class Member:
         self._commits: deque[list[TopicPartition]] = deque()
         self._stop = threading.Event()
         self._resting = False
+        self._paused = False
+        """All partitions are: the buffer is full, or we rest."""
         self._moved = False
         self._joined = False
         self._busy_until = 0.0
@@ -213,7 +215,6 @@ class Member:
 
     def _work(self) -> None:
         full_since = 0.0
-        paused = False
         now = time.monotonic()
         fence_at, topics_at = now + FENCE_SECONDS, now + self._matching_seconds
         while not self._stop.is_set():
@@ -226,35 +227,35 @@ class Member:
                 topics_at = now + self._matching_seconds
             self._do_jobs()
             self._do_commits()
-            self._do_pauses(all_paused=paused)
+            self._do_pauses()
             buffered = self._buffered()
-            if not paused and (self._resting or buffered >= self._max_buffered):
+            if not self._paused and (self._resting or buffered >= self._max_buffered):
                 # Short: only wait, or librdkafka would throw away what it fetched ahead.
                 full_since = full_since or now
                 if not self._resting and now - full_since < PATIENCE_SECONDS:
                     self._stop.wait(FULL_SECONDS)
                     continue
                 self.consumer.pause(self.consumer.assignment())
-                paused = True
-            elif paused and not self._resting and buffered < max(1, self._max_buffered // 2):
+                self._paused = True
+            elif self._paused and not self._resting and buffered < max(1, self._max_buffered // 2):
                 self.consumer.resume(self._resumable())
-                paused, full_since = False, 0.0
-            elif not paused:
+                self._paused, full_since = False, 0.0
+            elif not self._paused:
                 full_since = 0.0
-            self._consume(paused=paused)
+            self._consume()
 
     def _buffered(self) -> int:
         """What waits to be fetched; not what waits because its partition's gap is too wide."""
         return sum(len(one.buffer) for one in self._routes.values() if not one.paused)
 
-    def _consume(self, *, paused: bool) -> None:
+    def _consume(self) -> None:
         # consume() waits until it has all it was asked for: one first, then what is there.
         busy = time.monotonic() < self._busy_until
         first = self.consumer.poll(BUSY_POLL_SECONDS if busy else POLL_SECONDS)
         if first is None:
             return
         self._busy_until = time.monotonic() + BUSY_SECONDS
-        room = 0 if paused else self._max_buffered - self._buffered() - 1
+        room = 0 if self._paused else self._max_buffered - self._buffered() - 1
         messages = [first]
         if room > 0:
             messages += self.consumer.consume(min(BATCH, room), 0)
@@ -300,10 +301,10 @@ class Member:
             and not one.paused
         ]
 
-    def _do_pauses(self, *, all_paused: bool) -> None:
+    def _do_pauses(self) -> None:
         while self._pauses:
             place, paused = self._pauses.popleft()
-            if place not in self._routes or all_paused:
+            if place not in self._routes or self._paused:
                 continue
             partition = [TopicPartition(*place)]
             with contextlib.suppress(KafkaException):  # revoked at this very moment
@@ -361,7 +362,7 @@ class Member:
         self._install([(place, PartitionPositions.at(low, fence))])
         # Non-obvious: librdkafka has stopped it for good, and seeks no more.
         self.consumer.incremental_unassign([TopicPartition(*place)])
-        self.consumer.incremental_assign([TopicPartition(*place, low)])
+        self._assign([TopicPartition(*place, low)])
 
     # -- rebalances
 
@@ -391,9 +392,12 @@ class Member:
                 positions = PartitionPositions.at(low)
             fresh.append((place, positions))
         self._install(fresh)
-        consumer.incremental_assign(
-            [TopicPartition(*place, positions.next_offset) for place, positions in fresh]
-        )
+        self._assign([TopicPartition(*place, positions.next_offset) for place, positions in fresh])
+
+    def _assign(self, partitions: list[TopicPartition]) -> None:
+        self.consumer.incremental_assign(partitions)
+        if self._paused:
+            self.consumer.pause(partitions)
 
     def _install(self, fresh: Sequence[tuple[Place, PartitionPositions]]) -> None:
         partitions = [Assigned(place, positions) for place, positions in fresh]

@@ -33,6 +33,7 @@ UNANSWERED_SECONDS = 15.0
 """After so long a commit counts as failed."""
 PATIENCE_SECONDS = 5.0
 """A rebalance refuses commits for a moment, and that is no news."""
+REST_SECONDS = 5.0
 CLOSE_SECONDS = 1.8
 AWAY_SECONDS = 5.0
 
@@ -238,6 +239,11 @@ class KafkaSource(Source):
                 self._again.append(partition)
         if touched:
             self._arrived.set()
+
+    @property
+    def rest_seconds(self) -> float:
+        """To leave a group and join it again costs all its members a rebalance."""
+        return REST_SECONDS
 
     def hold(self, handles: Sequence[Hashable]) -> None:
         """A partition is ours as long as we are in the group."""
