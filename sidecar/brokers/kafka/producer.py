@@ -259,7 +259,8 @@ class KafkaPublisher:
             if self.connected and not self._closed:
                 # What is published from now on is held, and can be taken back.
                 self._away, self.connected = True, False
-                why = self._why or "no node can be reached"
+                servers = ", ".join(self._settings.bootstrap_servers)
+                why = self._why or f"no node of {servers} can be reached"
                 self._on_state(BrokerState(connected=False, detail=why))
                 self._ask(PROBE_SECONDS)
         else:
