@@ -56,7 +56,7 @@ proto: $(READY) ## Generate sidecar/v1 from proto/
 bench: $(READY) ## Measure against the raw client library, in one run
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
-drill: $(READY) ## Longer drills: 200,000 events over killed servers and sidecars
+drill: $(READY) ## Longer drills: 200,000 events (Kafka: 100,000) over killed servers and sidecars
 	@$(BIN)/python -m tests.drills $(ARGS)
 
 lock: $(READY) ## Pin the dependencies anew (UPGRADE=1 for newer ones)

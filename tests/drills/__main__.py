@@ -5,22 +5,45 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from typing import TYPE_CHECKING, Protocol
 
-from tests.drills import shared_subscription
+from tests.drills import kafka, shared_subscription
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping
+
+
+class Report(Protocol):
+    @property
+    def holds(self) -> bool: ...
+
+    def text(self) -> str: ...
+
+
+SCENARIOS: Mapping[str, Callable[[int], Coroutine[None, None, Report]]] = {
+    **shared_subscription.SCENARIOS,
+    **kafka.SCENARIOS,
+}
+EVENTS = {
+    **dict.fromkeys(shared_subscription.SCENARIOS, shared_subscription.EVENTS),
+    **dict.fromkeys(kafka.SCENARIOS, kafka.EVENTS),
+}
 
 
 def main() -> int:
     """Run the drills that are named, or all; exit 1 if a claim does not hold."""
     parser = argparse.ArgumentParser(prog="make drill", description=__doc__)
-    parser.add_argument("names", nargs="*", help=", ".join(shared_subscription.SCENARIOS))
-    parser.add_argument("--events", type=int, default=200_000)
+    parser.add_argument("names", nargs="*", metavar="name", help=", ".join(SCENARIOS))
+    parser.add_argument("--events", type=int, help="200,000 on JetStream, 100,000 on Kafka")
     arguments = parser.parse_args()
+    unknown = {*arguments.names} - {*SCENARIOS}
+    if unknown:
+        parser.error(f"no drill is called {', '.join(sorted(unknown))}")
     failed = 0
-    for name, scenario in shared_subscription.SCENARIOS.items():
-        if arguments.names and name not in arguments.names:
-            continue
+    for name in arguments.names or SCENARIOS:
+        scenario = SCENARIOS[name]
         print(f"== {name}: {scenario.__doc__}", flush=True)
-        report = asyncio.run(scenario(arguments.events))
+        report = asyncio.run(scenario(arguments.events or EVENTS[name]))
         print(report.text(), flush=True)
         failed += not report.holds
     return 1 if failed else 0
