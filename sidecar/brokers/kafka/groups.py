@@ -8,7 +8,7 @@ import time
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, KafkaError, KafkaException
+from confluent_kafka import Consumer, KafkaError, KafkaException
 from confluent_kafka import TopicPartition as Partition
 from confluent_kafka.admin import OffsetSpec
 
@@ -79,9 +79,11 @@ class Groups:
         if not topics and not has_wildcard(interest.topic):
             raise topic_missing(self._broker, interest.topic)  # gone again, or not known everywhere
         partitions = _partitions(topics)
-        committed = self._committed(interest.name, partitions) if partitions else {}
-        if partitions and not any(p.offset >= 0 for p in committed.values()):
-            with self._consumer(interest) as consumer:
+        if not partitions:
+            return [], {}
+        with self._consumer(interest) as consumer:
+            committed = self._committed(consumer, partitions)
+            if not any(p.offset >= 0 for p in committed.values()):
                 starts = self._offsets(consumer, partitions, interest.start)
                 self._commit(consumer, starts)
         fences = {place: fence_of(p.metadata or "") for place, p in committed.items()}
@@ -122,18 +124,20 @@ class Groups:
         topics = self._topics.matching(interest.topic)
         if not topics:
             raise topic_missing(self._broker, interest.topic)
-        with self._consumer(interest) as consumer:
+        with self._consumer(interest) as consumer, self._consumer(interest) as looker:
             offsets = self._offsets(consumer, self._meant(interest, topics, to), to)
             fence = secrets.token_hex(FENCE_LENGTH // 2)
             marked = [
                 Partition(p.topic, p.partition, p.offset, fence_metadata(fence)) for p in offsets
             ]
-            self._move(interest, consumer, list(topics), marked, ours)
+            self._move(interest, consumer, looker, topics=list(topics), marked=marked, ours=ours)
 
     def _move(
         self,
         interest: Interest,
         consumer: Any,
+        looker: Any,
+        *,
         topics: list[str],
         marked: list[Partition],
         ours: Sequence[Member],
@@ -145,8 +149,9 @@ class Groups:
             # Those of now may not know of what is committed next.
             stale |= self._members(interest.name) - {_member_id(consumer)}
             if _commit_by(ours, marked) or self._commit(consumer, marked):
+                member = consumer if joined else None
                 if self._follow(
-                    interest.name, consumer if joined else None, marked, stale, deadline
+                    interest.name, member, looker, marked, stale=stale, deadline=deadline
                 ):
                     return
                 continue
@@ -166,14 +171,16 @@ class Groups:
         self,
         group: str,
         joined: Any,
+        looker: Any,
         marked: Sequence[Partition],
+        *,
         stale: set[str],
         deadline: float,
     ) -> bool:
         """Wait until all *stale* members have left. False: one has committed over the marks."""
         while time.monotonic() < deadline:
             gone = not stale & self._members(group)
-            if not self._all_marked(group, marked):
+            if not self._all_marked(looker, marked):
                 return False
             if gone:
                 return True
@@ -183,8 +190,8 @@ class Groups:
                 _pause()
         return False
 
-    def _all_marked(self, group: str, marked: Sequence[Partition]) -> bool:
-        found = self._committed(group, marked)
+    def _all_marked(self, consumer: Any, marked: Sequence[Partition]) -> bool:
+        found = self._committed(consumer, marked)
         return all(
             fence_of(found[_place(p)].metadata or "") == fence_of(p.metadata or "") for p in marked
         )
@@ -251,15 +258,19 @@ class Groups:
         except KafkaException as error:
             raise translate(error.args[0], broker=self._broker) from error
 
-    def _committed(self, group: str, partitions: Sequence[Partition]) -> dict[Place, Partition]:
+    def _committed(self, consumer: Any, partitions: Sequence[Partition]) -> dict[Place, Partition]:
+        """
+        What *consumer*'s group has committed.
+
+        Non-obvious: not by the admin client. A coordinator that has just moved answers "not me",
+        and librdkafka then asks a consumer for the new one, which an admin client has not: the
+        process ends with a segmentation fault (librdkafka issue 5040).
+        """
         asked = [Partition(p.topic, p.partition) for p in partitions]
         deadline = time.monotonic() + FIRST_USE_SECONDS
         while True:
             try:
-                future = self._topics.admin.list_consumer_group_offsets(
-                    [ConsumerGroupTopicPartitions(group, asked)], request_timeout=CALL_SECONDS
-                )[group]
-                found = future.result(timeout=2 * CALL_SECONDS).topic_partitions
+                found = consumer.committed(asked, timeout=CALL_SECONDS)
             except KafkaException as error:
                 reason = error.args[0]
                 if reason.code() not in _PASSING or time.monotonic() > deadline:
@@ -277,7 +288,10 @@ class Groups:
         """
         partitions = _partitions(self._topics.matching(interest.topic))
         others = [p for p in partitions if _place(p) not in here]
-        elsewhere = self._committed(interest.name, others) if others else {}
+        elsewhere: Mapping[Place, Partition] = {}
+        if others:
+            with self._consumer(interest) as consumer:
+                elsewhere = self._committed(consumer, others)
         ends = self._topics.admin.list_offsets(
             {partition: OffsetSpec.latest() for partition in partitions},
             request_timeout=CALL_SECONDS,
