@@ -83,6 +83,8 @@ class KafkaSource(Source):
         self._timer_due = 0.0
         self._committing: asyncio.TimerHandle | None = None
         """The watch over the commit that is under way."""
+        self._late = 0
+        """Commits that were given up, and whose answers may still come."""
         self._uncommitted_since = 0.0
         self._uncommitted_told = False
         self._sent: list[TopicPartition] = []
@@ -148,7 +150,7 @@ class KafkaSource(Source):
 
     def _take_again(self, taken: list[Incoming], limit: int) -> None:
         for partition in self._again:
-            while partition.again and len(taken) < limit:
+            while partition.again and len(taken) < limit and not partition.leaving:
                 message = partition.again.popleft()
                 offset = message.offset()
                 attempts = partition.positions.fetched(offset)
@@ -290,9 +292,11 @@ class KafkaSource(Source):
         self._member.commit(offsets)
         self._recording, self._recorded = self._recorded, []
         self._sent = offsets
-        self._committing = self._loop.call_later(
-            UNANSWERED_SECONDS, self.on_committed, KafkaError(KafkaError._TIMED_OUT), ()
-        )
+        self._committing = self._loop.call_later(UNANSWERED_SECONDS, self._give_up_commit)
+
+    def _give_up_commit(self) -> None:
+        self._late += 1
+        self._answered(KafkaError(KafkaError._TIMED_OUT), ())
 
     def _due(self, partitions: Iterable[Assigned]) -> list[TopicPartition]:
         """What to commit now, of partitions that are ours."""
@@ -304,6 +308,13 @@ class KafkaSource(Source):
         return offsets
 
     def on_committed(self, error: KafkaError | None, partitions: Sequence[TopicPartition]) -> None:
+        # Answers come in the order of the commits, and do not tell which they are for.
+        if self._late:
+            self._late -= 1
+        else:
+            self._answered(error, partitions)
+
+    def _answered(self, error: KafkaError | None, partitions: Sequence[TopicPartition]) -> None:
         if self._committing is None:
             return
         self._committing.cancel()
