@@ -234,6 +234,8 @@ class KafkaCluster:
         return [
             *((f"-XX:SharedArchiveFile={shared}",) if shared.exists() else ()),
             f"-Dkafka.log={node.log_file}",
+            # Its compressors unpack libraries there, which a node that is killed leaves behind.
+            f"-Djava.io.tmpdir={self._directory}",
             f"-Dlog4j2.configurationFile={jars.HERE / 'log4j2.properties'}",
             "-cp",
             self._installed.classpath,
