@@ -212,7 +212,7 @@ async def test_a_publish_that_is_cancelled_while_the_server_is_away_is_not_sent_
     for future in waiting[::2]:
         future.cancel()
     world.harness.start()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         receipts = [receipt((await future)[0]) for future in waiting[1::2]]
     await publish(broker, topic, [event("after")])
     taken = await take(source, 5)

@@ -153,8 +153,9 @@ class KafkaPublisher:
         """Raises BrokerUnavailable, or BrokerRefused for credentials and settings."""
         if self._producer is None:
             self._producer = self._make()
-            self._poll()
-        self._serve()  # what it had to say of earlier tries
+            self._poll_soon()
+        else:
+            self._serve()  # what it had to say of earlier tries
         loop = asyncio.get_running_loop()
         connecting = self._connecting = loop.create_future()
         self._give_up_at = loop.time() + timeout
