@@ -15,6 +15,7 @@ from sidecar.event import NOTHING, Event
 from sidecar.wire.attributes import (
     _FORBIDDEN,
     MAX_ATTRIBUTE_BYTES,
+    NO_DEFAULTS,
     Defaults,
     check_binary,
     check_content_type,
@@ -130,12 +131,13 @@ def decode(
 
     Raises InvalidEvent for what claims to be a CloudEvent and is none, and for a key too long.
     """
-    record_key = "" if key is None else key_text(key)
     if not headers:
+        record_key = "" if key is None else key_text(key)
         return _decode_plain(value, "", NOTHING, record_key, defaults)
-    fields = dict(headers)
-    if len(fields) == len(headers) and (event := _decode_ours(fields, value, record_key, defaults)):
+    event = decode_quickly(headers, value, key)
+    if event is not None:
         return event
+    record_key = "" if key is None else key_text(key)
     attributes, content_type, beside = _take_apart(headers)
     if is_structured(content_type):
         return _decode_structured(content_type, value, beside, record_key, defaults)
@@ -144,13 +146,23 @@ def decode(
     return _decode_plain(value, content_type, beside, record_key, defaults)
 
 
+def decode_quickly(
+    headers: ReadHeaders | None, value: bytes | None, key: bytes | None
+) -> Event | None:
+    """The event in a record as `encode` writes it in binary mode; None: ask `decode`."""
+    if not headers:
+        return None
+    fields = dict(headers)
+    if len(fields) != len(headers):
+        return None
+    return _decode_ours(fields, value, "" if key is None else key_text(key))
+
+
 _UNUSUAL = (KeyError, ValueError, AttributeError, TypeError, InvalidEvent)
 """An attribute that is missing, no plain text, null, or against the rules."""
 
 
-def _decode_ours(
-    fields: dict[str, bytes | None], value: bytes | None, key: str, defaults: Defaults
-) -> Event | None:
+def _decode_ours(fields: dict[str, bytes | None], value: bytes | None, key: str) -> Event | None:
     """What encode writes, in any order. None: take the headers apart, one by one."""
     attributes: dict[str, str] = {}
     headers = NOTHING
@@ -164,7 +176,8 @@ def _decode_ours(
         source, type_, content_type = _repeating(raw_source, raw_type, raw_content_type)
         if len(attributes) > (1 if subject else 0):
             attributes.update(zip(_OUR_ORDER, map(bytes.decode, values), strict=True))
-            return _decode_binary(attributes, content_type, value, headers, key, defaults)
+            # It has its time, so that nothing is left to defaults.
+            return _decode_binary(attributes, content_type, value, headers, key, NO_DEFAULTS)
         id_ = raw_id.decode("ascii")
         time_ns = parse_rfc3339(raw_time.decode("ascii"))
     except _UNUSUAL:

@@ -1,11 +1,11 @@
-"""`make bench`: what the sidecar costs, beside the raw client library, measured in one run."""
+"""`make bench`: what the sidecar costs, beside each raw client library, measured in one run."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
@@ -21,26 +21,47 @@ if TYPE_CHECKING:
 STARTS = "start"
 
 
+class _Measured(NamedTuple):
+    """One broker's section of the report."""
+
+    text: str
+    good: bool
+    """Every load went through, and every budget was met."""
+
+
 def main() -> int:
     """Run what was asked for; exit 1 when a budget is not met or a load failed, 2 for wrong arguments."""
     arguments = _arguments()
     effort = measure.QUICK if arguments.quick else measure.FULL
-    with TARGETS[arguments.target]() as target:
-        if arguments.profile:
-            measure.profile(_named(arguments.profile)[0], target, effort, arguments.lines)
-            return 0
-        return _measure(target, effort, arguments)
+    measured: list[_Measured] = []
+    good = True
+    for name in TARGETS:  # one after the other: a broker that only waits would disturb, too
+        if arguments.target and name not in arguments.target:
+            continue
+        if (why := TARGETS[name].missing()) is not None:
+            _tell(f"FAILED: {name}: {why}")
+            good = False
+            continue
+        with TARGETS[name]() as target:
+            if arguments.profile:
+                measure.profile(_named(arguments.profile)[0], target, effort, arguments.lines)
+            else:
+                measured.append(_measure(target, effort, arguments))
+    if measured:
+        head = f"{_machine()}; {effort.rounds} rounds of {effort.seconds:g} s; 1 KiB events"
+        sys.stdout.write("\n\n".join([head, *(one.text for one in measured)]) + "\n")
+    return 0 if good and all(one.good for one in measured) else 1
 
 
-def _measure(target: Target, effort: measure.Effort, arguments: argparse.Namespace) -> int:
+def _measure(target: Target, effort: measure.Effort, arguments: argparse.Namespace) -> _Measured:
     only: list[str] = arguments.only
     results, failed = [], False
     for bench in _chosen(only):
-        _tell(bench.title)
+        _tell(f"{target.name}: {bench.title}")
         try:
             results.append(measure.run(bench, target, effort))
         except measure.RoundFailed as error:
-            _tell(f"FAILED: {error}")
+            _tell(f"FAILED: {target.name}: {error}")
             failed = True
     started = []
     if not only or STARTS in only:
@@ -55,10 +76,10 @@ def _measure(target: Target, effort: measure.Effort, arguments: argparse.Namespa
         report.starts(started),
         budgets,
     ]
-    parts = [f"{_machine(target)}; {effort.rounds} rounds of {effort.seconds:g} s; 1 KiB events"]
+    parts = [f"{'### ' if arguments.markdown else ''}{target.name}: {target.version}"]
     parts += [as_text(table) for table in tables if len(table) > 1]
-    sys.stdout.write("\n\n".join(parts) + "\n")
-    return 1 if failed or any(row[-1] != "met" for row in budgets[1:]) else 0
+    missed = any(row[-1] == report.NOT_MET for row in budgets)
+    return _Measured("\n\n".join(parts), not failed and not missed)
 
 
 def _arguments() -> argparse.Namespace:
@@ -72,9 +93,14 @@ def _arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME",
-        help="this benchmark, or those whose name begins so; may be repeated",
+        help="this benchmark, or those whose name begins so, on every broker; may be repeated",
     )
-    parser.add_argument("--target", choices=list(TARGETS), default="jetstream", help="the broker")
+    parser.add_argument(
+        "--target",
+        action="append",
+        choices=list(TARGETS),
+        help="this broker; may be repeated. Without it each benchmark runs on every one",
+    )
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     parser.add_argument("--profile", metavar="NAME", help="print the sidecar's hottest functions")
     parser.add_argument("--lines", type=int, default=30, help="of the profile")
@@ -103,11 +129,8 @@ def _tell(title: str) -> None:
     sys.stderr.write(f"… {title}\n")
 
 
-def _machine(target: Target) -> str:
-    return (
-        f"{psutil.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}, "
-        f"{target.version}"
-    )
+def _machine() -> str:
+    return f"{psutil.cpu_count()} cores {platform.machine()}, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

@@ -81,6 +81,19 @@ def nats_headers(event_id: str, key: str) -> dict[str, str]:
     }
 
 
+_REPEATING = [
+    ("ce_specversion", b"1.0"),
+    ("ce_source", SOURCE.encode()),
+    ("ce_type", TYPE.encode()),
+    ("content-type", CONTENT_TYPE.encode()),
+]
+
+
+def kafka_headers(event_id: str) -> list[tuple[str, bytes | str]]:
+    """The headers of the same event in the Kafka binding, as the sidecar writes them; its key is the record's."""
+    return [*_REPEATING, ("ce_id", event_id), ("ce_time", TIME)]
+
+
 def _ce_headers() -> dict[str, str]:
     return {
         "ce-specversion": "1.0",

@@ -38,17 +38,17 @@ class Effort(NamedTuple):
     rounds: int
     seconds: float
     warm_seconds: float
-    events_to_consume: int
     starts: int
 
 
-FULL = Effort(rounds=5, seconds=2.0, warm_seconds=0.7, events_to_consume=200_000, starts=5)
-QUICK = Effort(rounds=2, seconds=1.0, warm_seconds=0.4, events_to_consume=50_000, starts=2)
+FULL = Effort(rounds=5, seconds=2.0, warm_seconds=0.7, starts=5)
+QUICK = Effort(rounds=2, seconds=1.0, warm_seconds=0.4, starts=2)
 
 
 class Result(msgspec.Struct, frozen=True):
     """The rounds of one benchmark that count; raw and sidecar were run in turn."""
 
+    target: str
     bench: Bench
     raw: list[Sample]
     sidecar: list[Sample]
@@ -78,6 +78,7 @@ def run(bench: Bench, target: Target, effort: Effort) -> Result:
             quiet.append((raw, ours))
     counted = quiet if len(quiet) > 1 else rounds
     return Result(
+        target.name,
         bench,
         [raw for raw, _ in counted],
         [ours for _, ours in counted],
@@ -103,10 +104,10 @@ def profile(bench: Bench, target: Target, effort: Effort, lines: int) -> None:
 
 
 def starts(target: Target, effort: Effort, tell: Callable[[str], None]) -> list[Starts]:
-    """Start to ready and idle memory, with the broker there already, and with the embedded server."""
+    """Start to ready and idle memory; an external broker is there already."""
     measured = []
-    for title, config in (("external broker", target.config), ("embedded server", "")):
-        tell(f"start, {title}")
+    for title, config in target.starts.items():
+        tell(f"{target.name}: start, {title}")
         seconds, idle = [], []
         for _ in range(effort.starts):
             begin = time.perf_counter()
@@ -128,11 +129,15 @@ def _prepare(bench: Bench, target: Target, effort: Effort) -> None:
                 broker_url=target.url,
                 broker_pid=target.pid,
                 topic=TOPIC,
-                events=effort.events_to_consume,
+                events=_to_consume(target, effort),
                 warm_seconds=0,
                 seconds=60,
             )
         )
+
+
+def _to_consume(target: Target, effort: Effort) -> int:
+    return int(target.most_consumed * (effort.warm_seconds + effort.seconds))
 
 
 def _round(
@@ -154,7 +159,7 @@ def _round(
             callers=bench.callers,
             batch=bench.batch,
             window=bench.window,
-            events=effort.events_to_consume,
+            events=_to_consume(target, effort),
             subscription=f"{bench.name}-{'sidecar' if sidecar else 'raw'}-{number}",
             warm_seconds=effort.warm_seconds,
             seconds=effort.seconds,

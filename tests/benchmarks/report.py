@@ -10,10 +10,12 @@ from tests.benchmarks import benches
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from tests.benchmarks.benches import Budget
     from tests.benchmarks.measure import Result, Starts
     from tests.benchmarks.spec import Sample
 
 Row = tuple[str, ...]
+NOT_MET = "NOT MET"
 FULL_CORE = 0.9
 """A client that takes more of its core than this is the bottleneck; its row is marked with *."""
 
@@ -189,9 +191,8 @@ def budgets(results: Sequence[Result], started: Sequence[Starts]) -> list[Row]:
     rows: list[Row] = [("budget", "at most / at least", "measured", "")]
     for result in results:
         rows += _of_bench(result)
-    for one, limit in zip(
-        started, (benches.START_SECONDS, benches.START_EMBEDDED_SECONDS), strict=False
-    ):
+    for one in started:
+        limit = benches.START_SECONDS[one.title]
         value = statistics.median(one.seconds)
         rows.append(
             _row(
@@ -221,7 +222,17 @@ def budgets(results: Sequence[Result], started: Sequence[Starts]) -> list[Row]:
 
 
 def _of_bench(result: Result) -> Iterable[Row]:
-    budget, title = result.bench.budget, result.bench.title
+    bench = result.bench
+    if result.target in bench.budgets:
+        yield from _of_budget(result, bench.budgets[result.target])
+        return
+    for owner, budget in bench.budgets.items():
+        for title, limit, measured, _ in _of_budget(result, budget):
+            yield (title, f"none; {owner}: {limit}", measured, "")
+
+
+def _of_budget(result: Result, budget: Budget) -> Iterable[Row]:
+    title = result.bench.title
     if (limit := budget.cpu_us) is not None:
         value = cpu_us(result)
         yield _row(title, f"≤ {limit:g} µs/event", f"{value:.1f} µs", met=value <= limit)
@@ -240,7 +251,7 @@ def _of_bench(result: Result) -> Iterable[Row]:
 
 
 def _row(title: str, limit: str, measured: str, *, met: bool) -> Row:
-    return (title, limit, measured, "met" if met else "NOT MET")
+    return (title, limit, measured, "met" if met else NOT_MET)
 
 
 # -- text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,7 @@ class PartitionPositions:
         "_changed",
         "_confirmed",
         "_current",
+        "_few",
         "_high",
         "_near",
         "_pending",
@@ -76,7 +78,8 @@ class PartitionPositions:
         self._top = committed - 1
         """The highest acked one."""
         self._wide = False
-        self._near = committed + MAX_GAP
+        self._few, self._near = _MOST[-1], committed + MAX_GAP
+        """As long as no more are pending, and the newest is below that, it is not too wide."""
         self._changed = False
         self._current = (committed, metadata)
         self._confirmed: tuple[int, str] | None = self._current
@@ -160,16 +163,20 @@ class PartitionPositions:
         True from when one more offset could be too much until half of that; never while released
         offsets are fetched again, since those add nothing.
         """
-        if not self._wide and len(self._pending) <= _FEW and self._high < self._near:
+        if not self._wide and len(self._pending) <= self._few and self._high < self._near:
             return False
         return self._measure()
 
     def _measure(self) -> bool:
         low = self._low
-        self._near = low + MAX_GAP
         gap = self._high - low
-        most = _MOST[min(gap, MAX_GAP).bit_length()]
+        digits = min(gap, MAX_GAP).bit_length()
+        most = _MOST[digits]
+        # So many are not too many up to there, as the lowest one only rises: no need to measure.
         pending = len(self._pending)
+        further = len(_MOST) - 1 if pending <= _MOST[-1] else min(digits + 1, len(_MOST) - 1)
+        reach = further if pending <= _MOST[further] else digits
+        self._few, self._near = _MOST[reach], low + min(1 << reach, MAX_GAP)
         if self._wide:
             pending, gap = 2 * pending, 2 * gap
         self._wide = not self._ahead and (pending > most or gap >= MAX_GAP)
@@ -416,13 +423,9 @@ def _worst_bits(pending: int, gap: int) -> float:
 
 
 def _most_pending(gap: int) -> int:
-    most = 0
-    while _worst_bits(most + 1, gap) + _STEP_BITS <= _BITS:
-        most += 1
-    return most
+    room: float = _BITS - _STEP_BITS
+    return bisect_right(range(1, _BITS), room, key=lambda count: _worst_bits(count, gap))
 
 
 _MOST = [_most_pending(1 << digits) for digits in range(MAX_GAP.bit_length() + 1)]
 """By the binary digits of the gap: 1,928 pending in up to 2,047 offsets, 701 in a million."""
-_FEW = _MOST[-1]
-"""Never too many, up to MAX_GAP."""

@@ -182,9 +182,10 @@ class KafkaSource(Source):
         event, problem = None, ""
         value = message.value()
         try:
-            event = binding.decode(
-                message.headers(), value, message.key(), _defaults(topic, number, message)
-            )
+            headers, key = message.headers(), message.key()
+            event = binding.decode_quickly(headers, value, key)
+            if event is None:
+                event = binding.decode(headers, value, key, _defaults(topic, number, message))
         except InvalidEvent as error:
             problem = error.message
         except SystemError:  # confluent-kafka cannot read a header's name that is not UTF-8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import psutil
@@ -97,6 +98,7 @@ async def consume(spec: Spec) -> Sample:
     """One Subscribe stream that acks each batch as it comes and gives the credit back."""
     await wait_until_idle(psutil.Process(spec.broker_pid))
     meter = Meter(spec)
+    first = asyncio.Event()
     connection = await GrpcConnection.connect(spec.grpc_socket, SUBSCRIBE)
     call: Call
 
@@ -108,6 +110,7 @@ async def consume(spec: Spec) -> Sample:
         if not count:
             return
         meter.events += count
+        first.set()
         if meter.events >= spec.events:
             meter.run_out.set()
         call.send(acks(response))
@@ -115,7 +118,7 @@ async def consume(spec: Spec) -> Sample:
     call = connection.call(on_message, meter.run_out.set)
     call.send(subscribe(spec))
     connection.flush()
-    return await meter.sample()
+    return await meter.sample(first)
 
 
 def subscribe(spec: Spec) -> bytes:

@@ -14,7 +14,7 @@ from sidecar.v1 import pubsub_pb2 as pb
 from tests.benchmarks import events
 from tests.benchmarks.loads import grpc
 from tests.benchmarks.loads.http2 import Call, GrpcConnection
-from tests.benchmarks.meter import Meter
+from tests.benchmarks.meter import FIRST_SECONDS, Meter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,8 @@ class Clock:
     """
     Calls *send* with the number of each event when it is due, whatever became of those before.
 
-    A thread sleeps until then: timers of the loop come up to a millisecond late.
+    A thread sleeps until then: timers of the loop come up to a millisecond late. Number 0 goes ahead:
+    when it has arrived the consumer is at work, and the schedule begins.
     """
 
     def __init__(self, send: Callable[[int], None]) -> None:
@@ -36,14 +37,22 @@ class Clock:
         self._begin = 0.0
         self._stop = threading.Event()
         self._latencies: list[float] = []
+        self._loop = asyncio.get_running_loop()
+        self._at_work = asyncio.Event()
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        self._send(0)
+        async with asyncio.timeout(FIRST_SECONDS):
+            await self._at_work.wait()
         self._begin = time.perf_counter() + 0.1
-        loop = asyncio.get_running_loop()
-        threading.Thread(target=self._run, args=(loop,), daemon=True).start()
+        threading.Thread(target=self._run, daemon=True).start()
 
     def received(self, number: int) -> None:
-        self._latencies.append(time.perf_counter() - self._begin - number / RATE)
+        """From any thread."""
+        if number:
+            self._latencies.append(time.perf_counter() - self._begin - number / RATE)
+        else:
+            self._loop.call_soon_threadsafe(self._at_work.set)
 
     def forget(self) -> None:
         """The warm-up is over."""
@@ -55,20 +64,20 @@ class Clock:
         cuts = statistics.quantiles(self._latencies, n=100)
         return msgspec.structs.replace(sample, p50_seconds=cuts[49], p99_seconds=cuts[98])
 
-    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        number = 0
+    def _run(self) -> None:
+        number = 1
         while not self._stop.is_set():
             now = time.perf_counter() - self._begin
             due = int(now * RATE) + 1
             for late in range(number, due):
-                loop.call_soon_threadsafe(self._send, late)
+                self._loop.call_soon_threadsafe(self._send, late)
             number = max(number, due)
             time.sleep(max(0.0, number / RATE - (time.perf_counter() - self._begin)))
 
 
 async def measured(spec: Spec, meter: Meter, clock: Clock) -> Sample:
     """Run the clock through warm-up and window."""
-    clock.start()
+    await clock.start()
     asyncio.get_running_loop().call_later(spec.warm_seconds, clock.forget)
     return clock.stop(await meter.sample())
 

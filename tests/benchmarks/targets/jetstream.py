@@ -17,7 +17,7 @@ from sidecar.embedded import find_binary
 from tests.benchmarks import events
 from tests.benchmarks.loads.latency import Clock, measured
 from tests.benchmarks.meter import Meter, wait_until_idle
-from tests.benchmarks.targets.target import Target
+from tests.benchmarks.targets.target import EMBEDDED, Target
 from tests.support.nats_server import NatsServer
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ async def _consume(spec: Spec) -> Sample:
     client = await nats.connect(spec.broker_url)
     await wait_until_idle(psutil.Process(spec.broker_pid))
     meter = Meter(spec)
+    first = asyncio.Event()
     # The same policies as the sidecar's consumers.
     config = ConsumerConfig(
         ack_policy=AckPolicy.EXPLICIT, ack_wait=30, max_ack_pending=-1, max_deliver=-1
@@ -93,11 +94,12 @@ async def _consume(spec: Spec) -> Sample:
         spec.topic, durable=spec.subscription, stream=STREAM, config=config
     )
     async with asyncio.TaskGroup() as tasks:
-        sampling = tasks.create_task(meter.sample())
+        sampling = tasks.create_task(meter.sample(first))
         while not meter.stopping and meter.events < spec.events:
             for message in await pull.fetch(FETCH):
                 await message.ack()
                 meter.events += 1
+            first.set()
         meter.run_out.set()
     return sampling.result()
 
@@ -137,6 +139,7 @@ class JetStream(Target):
     """One nats-server with file storage; one stream for all topics of the benchmarks."""
 
     name = "jetstream"
+    most_consumed: ClassVar[int] = 60_000
     raw_loads: ClassVar[Mapping[str, Callable[[Spec], Awaitable[Sample]]]] = {
         "raw-publish": _publish,
         "raw-consume": _consume,
@@ -172,6 +175,10 @@ class JetStream(Target):
     @property
     def config(self) -> str:
         return f'[brokers.work]\ntype = "jetstream"\nservers = ["{self.url}"]\n'
+
+    @property
+    def starts(self) -> Mapping[str, str]:
+        return {**super().starts, EMBEDDED: ""}
 
     def empty(self, topic: str) -> None:
         asyncio.run(_make_anew(self.url, topic))

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from tests.benchmarks.spec import Sample, Spec
 
 
+EXTERNAL = "external broker"
+EMBEDDED = "embedded server"
+
+
 class Target(ABC):
     """
     A real broker of its own, started with the benchmarks and gone with them; a context manager.
@@ -25,6 +29,14 @@ class Target(ABC):
     "raw-publish" and "raw-consume": as fast as the library goes; "raw-latency"; and "fill", which
     publishes `spec.events` events and ends.
     """
+
+    most_consumed: ClassVar[int]
+    """Events per second that anybody may consume: there are so many for each second of a round."""
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """Why it cannot run on this machine, in a sentence; None: it can."""
+        return None
 
     @property
     @abstractmethod
@@ -45,6 +57,11 @@ class Target(ABC):
     @abstractmethod
     def config(self) -> str:
         """The [brokers.…] table of the sidecar's configuration."""
+
+    @property
+    def starts(self) -> Mapping[str, str]:
+        """Configurations that a sidecar is started with, to see how long it takes, by title."""
+        return {EXTERNAL: self.config}
 
     @abstractmethod
     def empty(self, topic: str) -> None:
