@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,8 @@ ATTEMPTS = 3
 """So many deliveries it takes, the last of which is acked."""
 RATE = 1500.0
 """Events per second where something happens meanwhile, so that it lasts about a minute."""
+HURRY_RATE = 6000.0
+"""So many that buffers fill up and commits are under way whenever a rebalance begins."""
 LIMIT_SECONDS = 300.0
 QUIET_SECONDS = 15.0
 """Longer than a session of a group: what comes again has come by then."""
@@ -30,7 +33,7 @@ GIVEN_UP_SECONDS = 45.0
 AFTERWARDS_SECONDS = 5.0
 DOWN_SECONDS = 2.0
 COMPLAINTS = 20
-"""So many lines of the sidecars' logs are shown."""
+"""So many lines of a sidecar's log are shown."""
 CONFIG = """
 [brokers.work]
 type = "kafka"
@@ -71,7 +74,7 @@ class Report:
         judge = Judge(stage.journal.entries, stage.receipts, attempts=attempts)
         self._stage = stage
         self._judge = judge
-        self._logs = [one.log for one in stage.sidecars.values()]
+        self._logs = {name: one.log for name, one in stage.sidecars.items()}
         failed = [f"{count} {reason}" for reason, count in stage.failed.items()]
         ends = [f"status {s} after {seconds:.1f} s" for s, seconds in stage.stops if s != 0]
         self._claims = [
@@ -119,8 +122,17 @@ class Report:
         return "\n".join(f"   {line}" for line in lines)
 
     def _complaints(self) -> list[str]:
-        lines = [line for log in self._logs for line in log.splitlines()]
-        return [line for line in lines if '"level": "info"' not in line][-COMPLAINTS:]
+        """Of each sidecar the last lines that are no mere information."""
+        return [
+            f"{name}: {line}"
+            for name, log in self._logs.items()
+            for line in _warnings(log)[-COMPLAINTS:]
+        ]
+
+
+def _warnings(log: str) -> list[str]:
+    lines = [line for line in log.splitlines() if line.startswith("{")]
+    return [line for line in lines if json.loads(line)["level"] != "info"]
 
 
 def _named(events: list[int]) -> Findings:
@@ -211,17 +223,17 @@ async def nodes_killed(events: int) -> Report:
         return await drill.run(disturb)
 
 
-async def _come_and_go(events: int, protocol: str) -> Report:
+async def _come_and_go(events: int, protocol: str, *, times: int = 4, rate: float = RATE) -> Report:
     async def disturb(drill: Drill) -> None:
-        for time in range(4):
-            await drill.stage.published(0.1 + 0.2 * time)
+        for time in range(times):
+            await drill.stage.published((2 * time + 1) / (2 * times + 2))
             await drill.stage.start("b")
             _say("b is there")
-            await drill.stage.published(0.2 + 0.2 * time)
+            await drill.stage.published((2 * time + 2) / (2 * times + 2))
             await drill.stage.stop("b")
             _say(f"b is gone after {drill.stage.stops[-1][1]:.1f} s")
 
-    async with _drill(events, protocol=protocol, started="a") as drill:
+    async with _drill(events, protocol=protocol, rate=rate, started="a") as drill:
         return await drill.run(disturb)
 
 
@@ -233,6 +245,16 @@ async def sidecars_come_and_go(events: int) -> Report:
 async def sidecars_come_and_go_classic(events: int) -> Report:
     """the same with group protocol classic"""
     return await _come_and_go(events, "classic")
+
+
+async def sidecars_hurry(events: int) -> Report:
+    """a second sidecar joins and leaves eight times, with three times the events, fast; group protocol consumer"""
+    return await _come_and_go(3 * events, "consumer", times=8, rate=HURRY_RATE)
+
+
+async def sidecars_hurry_classic(events: int) -> Report:
+    """the same with group protocol classic"""
+    return await _come_and_go(3 * events, "classic", times=8, rate=HURRY_RATE)
 
 
 async def _killed(events: int, protocol: str) -> Report:
@@ -267,6 +289,8 @@ SCENARIOS: dict[str, Callable[[int], Coroutine[None, None, Report]]] = {
     "kafka_nodes_killed": nodes_killed,
     "kafka_sidecars_come_and_go": sidecars_come_and_go,
     "kafka_sidecars_come_and_go_classic": sidecars_come_and_go_classic,
+    "kafka_sidecars_hurry": sidecars_hurry,
+    "kafka_sidecars_hurry_classic": sidecars_hurry_classic,
     "kafka_sidecar_killed": sidecar_killed,
     "kafka_sidecar_killed_classic": sidecar_killed_classic,
 }
