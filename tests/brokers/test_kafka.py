@@ -466,10 +466,12 @@ async def test_a_partition_waits_for_what_the_app_has_in_hand_before_it_moves(
         source.on_leaving = on_leaving
         source.on_revoked = revoked.extend
         elsewhere = await other.subscribe(wanted)
-        await until(lambda: bool(leaving))
-        source.ack([i.handle for i in taken if i.identity in leaving[:3]])
-        settled.set_result(None)
-        (left,) = await take(elsewhere, 1)
+        async with asyncio.TaskGroup() as tasks:
+            taking = tasks.create_task(take(elsewhere, 1))
+            await until(lambda: bool(leaving))
+            source.ack([i.handle for i in taken if i.identity in leaving[:3]])
+            settled.set_result(None)
+        (left,) = taking.result()
         assert left.position
         assert left.position.partition is not None
         lag = (await elsewhere.lag_by_partition())[left.topic, left.position.partition]
@@ -478,6 +480,34 @@ async def test_a_partition_waits_for_what_the_app_has_in_hand_before_it_moves(
     assert left.identity == leaving[3]
     assert revoked == [leaving[3]]
     assert lag == 0
+
+
+async def _members(cluster: KafkaCluster, group: str) -> int:
+    client = admin(cluster)
+    try:
+        described = await asyncio.wrap_future(client.describe_consumer_groups([group])[group])
+    except confluent_kafka.KafkaException:  # there is no such group
+        return 0
+    return len(described.members)
+
+
+async def test_a_sidecar_whose_app_is_away_does_not_join(
+    cluster: KafkaCluster, broker: KafkaBroker, topic: str
+) -> None:
+    """It would take partitions for nobody, and leaving at once it would not be heard."""
+    cluster.create_topic(topic)
+    wanted = interest(topic)
+    source = await broker.subscribe(wanted)
+    before = await _members(cluster, wanted.name)
+    async with asyncio.TaskGroup() as tasks:
+        fetching = tasks.create_task(source.fetch(1))
+        await until(lambda: bool(source.member._joined))  # type: ignore[attr-defined]
+        during = await _members(cluster, wanted.name)
+        fetching.cancel()
+    await source.close()
+    after = await _members(cluster, wanted.name)
+
+    assert (before, during, after) == (0, 1, 0)
 
 
 @BOTH_PROTOCOLS

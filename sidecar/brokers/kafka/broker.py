@@ -116,7 +116,7 @@ class KafkaBroker(Broker):
             lag=partial(self._lag, interest),
             use_classic=self._use_classic,
         )
-        source.run(self._member(interest, source, topics, fences))
+        source.feed_from(self._member(interest, source, topics, fences))
         self._sources = [one for one in self._sources if not one.is_over]
         self._sources.append(source)
         return source

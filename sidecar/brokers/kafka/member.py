@@ -35,6 +35,8 @@ CALL_SECONDS = 10.0
 PATIENCE_SECONDS = 1.0
 """So long a full buffer only stops the polling; then its partitions are paused and polling goes on."""
 FULL_SECONDS = 0.002
+JOIN_SECONDS = 1.0
+"""So long after it asked to join a member that leaves waits for the answer."""
 FENCE_SECONDS = 1.0
 """How often it is looked whether somebody moved the group."""
 ANSWER_SECONDS = 10.0
@@ -150,6 +152,8 @@ class Member:
         self._moved = False
         self._joined = False
         self._busy_until = 0.0
+        self._joining_until = 0.0
+        """So long a member that leaves waits for the answer to its join."""
         self.consumer: Any = Consumer(
             conf | logged(self._on_error) | {"on_commit": self._on_commit}
         )
@@ -158,7 +162,13 @@ class Member:
     # -- told by the owner, on the loop
 
     def start(self) -> None:
-        self._thread.start()
+        """Join the group; the first call does."""
+        if not self._has_begun:
+            self._thread.start()
+
+    @property
+    def _has_begun(self) -> bool:
+        return self._thread.ident is not None
 
     def rest(self) -> None:
         """Fetch nothing more; stay in the group, and commit."""
@@ -172,7 +182,13 @@ class Member:
         self._commits.append(offsets)
 
     def move(self, offsets: list[TopicPartition]) -> Future[object]:
-        """Commit these in place of all that we know, then leave. From any thread."""
+        """
+        Commit these in place of all that we know, then leave. From any thread.
+
+        Raises RuntimeError when it has not joined.
+        """
+        if not self._has_begun:
+            raise RuntimeError("not in the group")
 
         def job() -> None:
             self.consumer.commit(offsets=offsets, asynchronous=False)
@@ -185,14 +201,17 @@ class Member:
     def leave(self) -> None:
         """Leave the group, with a last word on each partition; `Owner.on_ended` is told."""
         self._stop.set()
+        self.start()
 
     # -- the thread
 
     def _run(self) -> None:
         try:
-            if self._topics:
+            if self._topics and not self._stop.is_set():
+                self._joining_until = time.monotonic() + JOIN_SECONDS
                 self._subscribe()
             self._work()
+            self._wait_joined()
         except Exception:
             log.exception("subscription %s: consuming failed", self._name)
             self._call(self._owner.on_failure, KafkaError(KafkaError._FAIL, "consuming failed"))
@@ -204,6 +223,17 @@ class Member:
             except (KafkaException, RuntimeError):
                 log.exception("subscription %s: leaving the group failed", self._name)
             self._call(self._owner.on_ended)
+
+    def _wait_joined(self) -> None:
+        """
+        Let the join that is under way be answered before we leave.
+
+        Non-obvious: a consumer of the protocol "consumer" that is closed between its first heartbeat
+        and the answer leaves without a word. Its partitions are nobody's until its session ends,
+        which takes 45 s unless the cluster is told otherwise.
+        """
+        while not self._joined and time.monotonic() < self._joining_until:
+            self.consumer.poll(BUSY_POLL_SECONDS)
 
     def _subscribe(self) -> None:
         self.consumer.subscribe(

@@ -101,7 +101,7 @@ class KafkaSource(Source):
 
     @property
     def member(self) -> Member | None:
-        """None before it runs."""
+        """None before it has one."""
         return self._member
 
     @property
@@ -109,9 +109,9 @@ class KafkaSource(Source):
         """It has left the group."""
         return self._ended.is_set()
 
-    def run(self, member: Member) -> None:
+    def feed_from(self, member: Member) -> None:
+        """It joins with the first fetch: a sidecar whose app is away takes no partitions."""
         self._member = member
-        member.start()
 
     def call(self, function: Callable[..., None], *arguments: object) -> None:
         """Run a function on the loop: for the member's thread."""
@@ -123,6 +123,8 @@ class KafkaSource(Source):
     # -- receiving
 
     async def fetch(self, limit: int) -> Sequence[Incoming]:
+        if self._member is not None:
+            self._member.start()
         while True:
             if self._lost is not None:
                 raise self._lost
