@@ -305,6 +305,9 @@ class Member:
     def _do_commits(self) -> None:
         while self._commits:
             offsets = self._commits.popleft()
+            if not offsets:  # all of them were revoked meanwhile
+                self._call(self._owner.on_committed, None, ())
+                continue
             self._busy_until = time.monotonic() + BUSY_SECONDS
             try:
                 if not self._moved:
@@ -447,8 +450,7 @@ class Member:
         self._call(self._owner.on_revoke, places, done)
         if not answered.wait(ANSWER_SECONDS):
             log.error("subscription %s: no answer to a rebalance in time", self._name)
-        for place in places:
-            self._routes.pop(place, None)
+        self._forget(places)
         if commits:
             try:
                 consumer.commit(offsets=list(commits), asynchronous=False)
@@ -464,10 +466,19 @@ class Member:
         """Others have them already: forget them, and commit nothing."""
         places = [(p.topic, p.partition) for p in partitions]
         log.warning("subscription %s: lost %d partitions", self._name, len(places))
-        for place in places:
-            self._routes.pop(place, None)
+        self._forget(places)
         self._call(self._owner.on_lost, places)
         consumer.incremental_unassign(partitions)
+
+    def _forget(self, places: Sequence[Place]) -> None:
+        """
+        Non-obvious: what the owner wanted to commit of them before may still wait here, and is older
+        than their last word. Sent after it, it would take it back: they were not acked, then.
+        """
+        for place in places:
+            self._routes.pop(place, None)
+        for offsets in list(self._commits):
+            offsets[:] = [p for p in offsets if (p.topic, p.partition) not in places]
 
     def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
         """An asynchronous commit was answered."""
