@@ -482,6 +482,33 @@ async def test_a_partition_waits_for_what_the_app_has_in_hand_before_it_moves(
     assert lag == 0
 
 
+@BOTH_PROTOCOLS
+async def test_a_partition_that_goes_while_paused_is_fetched_when_it_comes_again(
+    cluster: KafkaCluster, topic: str, protocol: str
+) -> None:
+    """librdkafka keeps the pause over a rebalance, and nobody would end it."""
+    cluster.create_topic(topic, 2)
+    wanted = interest(topic, max_in_flight=10)
+    async with (
+        broker_on(cluster, group_protocol=protocol) as broker,
+        broker_on(cluster, group_protocol=protocol) as other,
+    ):
+        for partition in (0, 1):
+            await produce(cluster, topic, *[b"x"] * 100, partition=partition)
+        source = await broker.subscribe(wanted)
+        taken = await take(source, 1)
+        member = source.member  # type: ignore[attr-defined]
+        await until(lambda: bool(member._paused))
+        visitor = await other.subscribe(wanted)
+        [there] = await take(visitor, 1)
+        visitor.release([there.handle])
+        await visitor.close()
+        source.release(handles(taken))
+        seen = {i.identity for i in await take(source, 200, ack=True)}
+
+    assert len(seen) == 200
+
+
 async def _members(cluster: KafkaCluster, group: str) -> int:
     client = admin(cluster)
     try:

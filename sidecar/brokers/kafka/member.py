@@ -429,8 +429,8 @@ class Member:
 
     def _assign(self, partitions: list[TopicPartition]) -> None:
         self.consumer.incremental_assign(partitions)
-        if self._paused:
-            self.consumer.pause(partitions)
+        # Non-obvious: paused by us when it was revoked, it would be paused when it comes again.
+        (self.consumer.pause if self._paused else self.consumer.resume)(partitions)
 
     def _install(self, fresh: Sequence[tuple[Place, PartitionPositions]]) -> None:
         partitions = [Assigned(place, positions) for place, positions in fresh]
