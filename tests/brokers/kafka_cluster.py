@@ -6,7 +6,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Producer, TopicPartition
+from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from sidecar.brokers.kafka.broker import KafkaBroker
@@ -60,11 +60,19 @@ def admin(cluster: KafkaCluster) -> AdminClient:
 
 async def committed(cluster: KafkaCluster, group: str, topic: str, partition: int = 0) -> Any:
     """The group's position as the cluster has it: a TopicPartition with offset and metadata."""
-    asked = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, partition)])
-    client = admin(cluster)
-    future = client.list_consumer_group_offsets([asked])[group]
-    (found,) = (await asyncio.wrap_future(future)).topic_partitions
-    return found
+    return await asyncio.to_thread(_committed, cluster, group, TopicPartition(topic, partition))
+
+
+def _committed(cluster: KafkaCluster, group: str, place: TopicPartition) -> Any:
+    # Not by the admin client, which can end the process: see Groups._committed.
+    consumer = Consumer(
+        {"bootstrap.servers": cluster.bootstrap_servers, "group.id": group, "log_level": 0}
+    )
+    try:
+        (found,) = consumer.committed([place], SECONDS)
+        return found
+    finally:
+        consumer.close()
 
 
 async def records(cluster: KafkaCluster, topic: str, count: int) -> Sequence[Message]:
