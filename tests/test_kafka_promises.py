@@ -14,7 +14,7 @@ import pytest
 
 from sidecar.v1 import event_pb2 as ev
 from sidecar.v1 import pubsub_pb2 as pb
-from tests.brokers.kafka_cluster import committed, records
+from tests.brokers.kafka_cluster import admin, committed, produce, records
 from tests.conformance.harness import fresh
 from tests.support.app import Client, patiently, spec_of
 from tests.support.kafka import KafkaCluster, require
@@ -128,6 +128,36 @@ def end_of(cluster: KafkaCluster, topic: str) -> int:
         return high
     finally:
         consumer.close()
+
+
+# -- topics that are made anew
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
+async def test_the_events_of_a_topic_that_is_made_anew_are_handed_over(
+    cluster: KafkaCluster, topic: str, protocol: str
+) -> None:
+    """Their offsets were acked before, for other events. Nobody leaves the subscription meanwhile."""
+    config = ON_KAFKA.format(servers=cluster.bootstrap_servers, protocol=protocol)
+    cluster.create_topic(topic)
+    await produce(cluster, topic, *[b"old"] * 20)
+    with SidecarProcess(config) as sidecar:
+        async with Client(sidecar) as client:
+            stream = await client.subscribe(spec_of(topic), 500)
+            await stream.take_data(20)
+            await asyncio.to_thread(delete, cluster, topic)
+            await asyncio.to_thread(cluster.create_topic, topic)
+            await produce(cluster, topic, *[b"%d" % n for n in range(10)])
+            anew = await stream.take_data(10)
+            await stream.leave()
+
+    assert anew == [b"%d" % n for n in range(10)]
+
+
+def delete(cluster: KafkaCluster, topic: str) -> None:
+    client = admin(cluster)  # dropped before the answer, it would cancel
+    client.delete_topics([topic])[topic].result(10)
 
 
 # -- lanes

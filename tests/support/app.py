@@ -116,16 +116,23 @@ class Stream:
 
     async def take(self, count: int) -> list[tuple[int, int]]:
         """(number, attempt) of so many deliveries, each acked."""
-        seen: list[tuple[int, int]] = []
+        return [(int(d.event.id), d.attempt) for d in await self._take(count)]
+
+    async def take_data(self, count: int) -> list[bytes]:
+        """The same, of events whose ids are no numbers."""
+        return [d.event.data for d in await self._take(count)]
+
+    async def _take(self, count: int) -> list[pb.Delivery]:
+        taken: list[pb.Delivery] = []
         async with asyncio.timeout(15):
-            while len(seen) < count:
+            while len(taken) < count:
                 deliveries = (await self.call.read()).deliveries
-                seen += [(int(d.event.id), d.attempt) for d in deliveries]
+                taken += deliveries
                 settlements = [
                     pb.Settlement(token=d.token, verdict=pb.VERDICT_ACK) for d in deliveries
                 ]
                 await self.call.write(pb.SubscribeRequest(settlements=settlements))
-        return seen
+        return taken
 
     async def leave(self) -> None:
         await self.call.done_writing()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -42,6 +43,8 @@ FENCE_SECONDS = 1.0
 ANSWER_SECONDS = 10.0
 """The loop answers a rebalance within this time, or it is not waited for."""
 
+_LOGS = itertools.count(1)
+
 _UNSUPPORTED = {KafkaError.UNSUPPORTED_VERSION, KafkaError._UNSUPPORTED_FEATURE}
 _PASSING = {
     KafkaError._ALL_BROKERS_DOWN,
@@ -56,11 +59,13 @@ _PASSING = {
 class Assigned:
     """One partition while it is ours. Its positions belong to the loop, its buffer is filled here."""
 
-    __slots__ = ("again", "buffer", "gone", "leaving", "paused", "place", "positions")
+    __slots__ = ("again", "buffer", "gone", "leaving", "log", "paused", "place", "positions")
 
-    def __init__(self, place: Place, positions: PartitionPositions) -> None:
+    def __init__(self, place: Place, positions: PartitionPositions, log_number: int) -> None:
         self.place = place
         self.positions = positions
+        self.log = log_number
+        """Offsets are those of this log: a topic that is made anew has the same ones for others."""
         self.buffer: deque[Message] = deque()
         self.again: deque[Message] = deque()
         """What was given back, ascending."""
@@ -143,6 +148,7 @@ class Member:
         """The partitions of this thread: those of the owner, a moment ahead or behind."""
         self._pauses: deque[tuple[Place, bool]] = deque()
         self._fences = dict(fences)
+        self._logs: dict[Place, int] = {}
         self._jobs: deque[tuple[Callable[[], object], Future[object]]] = deque()
         self._commits: deque[list[TopicPartition]] = deque()
         self._stop = threading.Event()
@@ -392,6 +398,7 @@ class Member:
         )
         fence = assigned.positions.fence
         self._call(self._owner.on_lost, [place])
+        self._logs[place] = next(_LOGS)
         self._install([(place, PartitionPositions.at(low, fence))])
         # Non-obvious: librdkafka has stopped it for good, and seeks no more.
         self.consumer.incremental_unassign([TopicPartition(*place)])
@@ -420,7 +427,9 @@ class Member:
             if partition.offset >= 0:
                 positions = PartitionPositions(partition.offset, partition.metadata or "")
             else:
-                # Not there when the group began (see start.py): all that it has is new.
+                # Not there when the group began (see Groups.begin), or made anew since: all that it
+                # has is new.
+                self._logs[place] = next(_LOGS)
                 low, _ = consumer.get_watermark_offsets(TopicPartition(*place), CALL_SECONDS)
                 positions = PartitionPositions.at(low)
             fresh.append((place, positions))
@@ -433,7 +442,9 @@ class Member:
         (self.consumer.pause if self._paused else self.consumer.resume)(partitions)
 
     def _install(self, fresh: Sequence[tuple[Place, PartitionPositions]]) -> None:
-        partitions = [Assigned(place, positions) for place, positions in fresh]
+        partitions = [
+            Assigned(place, positions, self._logs.get(place, 0)) for place, positions in fresh
+        ]
         self._routes.update((one.place, one) for one in partitions)
         self._call(self._owner.on_assigned, partitions)
 

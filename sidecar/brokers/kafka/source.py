@@ -195,7 +195,7 @@ class KafkaSource(Source):
         return Incoming(
             topic,
             Handle(partition, message, offset),
-            (topic, number, offset),
+            (topic, number, offset, partition.log),
             event,
             Position(partition=number, offset=offset),
             attempts,
@@ -480,7 +480,9 @@ def _tell(recorded: list[asyncio.Future[None]]) -> None:
 def _identities(partitions: Iterable[Assigned]) -> list[Hashable]:
     """Of what is handed out."""
     return [
-        (*partition.place, offset) for partition in partitions for offset in partition.positions.out
+        (*partition.place, offset, partition.log)
+        for partition in partitions
+        for offset in partition.positions.out
     ]
 
 
