@@ -248,6 +248,35 @@ async def test_a_setting_that_librdkafka_does_not_know_is_refused_by_its_name(
     await broker.close()
 
 
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"options": {"fetch.min.bytes": 0}}, "fetch.min.bytes"),
+        ({"options": {"max.poll.interval.ms": 9000}, "group_protocol": "classic"}, "max.poll"),
+        ({"options": {"heartbeat.interval.ms": 1000}, "group_protocol": "consumer"}, "heartbeat"),
+    ],
+    ids=["value", "pair", "protocol"],
+)
+@pytest.mark.parametrize("pattern", ["", ".>"], ids=["topic", "wildcard"])
+async def test_a_setting_that_no_consumer_takes_refuses_the_subscription(
+    cluster: KafkaCluster, topic: str, settings: dict[str, Any], why: str, pattern: str
+) -> None:
+    """A producer takes no notice of it, so the broker is connected."""
+    async with broker_on(cluster, **settings) as broker:
+        with pytest.raises(BrokerRefused, match=why):
+            await broker.subscribe(interest(f"{topic}{pattern}"))
+
+
+async def test_a_session_may_last_longer_than_librdkafka_lets_polls_take(
+    cluster: KafkaCluster, topic: str
+) -> None:
+    async with broker_on(cluster, group_protocol="classic", session_timeout_seconds=1000) as broker:
+        await publish(broker, topic, [event("1")])
+        taken = await take(await broker.subscribe(interest(topic)), 1)
+
+    assert ids(taken) == ["1"]
+
+
 def fail_for_good(producer: Any) -> None:
     """librdkafka's own way to test it, on the real producer."""
     out_of_order = 45

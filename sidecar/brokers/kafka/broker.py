@@ -140,6 +140,7 @@ class KafkaBroker(Broker):
             interest.name,
             conf,
             source,
+            broker=self.name,
             call=source.call,
             max_buffered=min(interest.max_in_flight, MAX_BUFFERED),
             topics=topics,
@@ -159,6 +160,7 @@ class KafkaBroker(Broker):
     def _consumer_conf(self, interest: Interest) -> tuple[Conf, str]:
         settings = self._settings
         largest = self._max_message_bytes + FRAMING_BYTES
+        session_ms = int(settings.session_timeout_seconds * 1000)
         conf: Conf = (
             common(settings, self._client_name)
             | {
@@ -172,7 +174,8 @@ class KafkaBroker(Broker):
                 "fetch.wait.max.ms": 100,
                 # librdkafka looks so late (1 s) whether there is room again.
                 "fetch.queue.backoff.ms": 10,
-                "max.poll.interval.ms": 300_000,
+                # librdkafka wants no session that is longer than this.
+                "max.poll.interval.ms": max(300_000, session_ms),
             }
             | options(settings)
             | {
@@ -185,7 +188,6 @@ class KafkaBroker(Broker):
         )
         if not self._classic:
             return conf | {"group.protocol": "consumer"}, "consumer"
-        session_ms = int(settings.session_timeout_seconds * 1000)
         classic = {
             "group.protocol": "classic",
             "partition.assignment.strategy": "cooperative-sticky",

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from confluent_kafka import KafkaError
+from confluent_kafka import Consumer, KafkaError, KafkaException
 
 from sidecar.errors import (
     BrokerRefused,
@@ -128,6 +128,24 @@ def common(settings: Settings, client_id: str) -> Conf:
 def logged(error_cb: Callable[[KafkaError], None]) -> Conf:
     """For clients that are polled: what librdkafka says goes to our log, and errors to *error_cb*."""
     return {"logger": _Log(), "log_level": 4, "error_cb": error_cb}
+
+
+def make_consumer(conf: Conf, *, broker: str) -> Any:
+    """
+    Raises BrokerRefused for settings that librdkafka does not take.
+
+    Those of consumers are found out here: a producer takes no notice of them.
+    """
+    try:
+        return Consumer(conf)
+    except (KafkaException, TypeError, ValueError) as error:
+        raise BrokerRefused(f"broker {broker!r}: {refusal(error)}", broker=broker) from error
+
+
+def refusal(error: Exception) -> str:
+    """Why a client could not be made."""
+    reason = error.args[0] if error.args else error
+    return reason.str() if isinstance(reason, KafkaError) else str(reason)
 
 
 class _Log:

@@ -8,11 +8,18 @@ import time
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
-from confluent_kafka import Consumer, KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka import TopicPartition as Partition
 from confluent_kafka.admin import OffsetSpec
 
-from sidecar.brokers.kafka.client import Conf, leave, logged, topic_missing, translate
+from sidecar.brokers.kafka.client import (
+    Conf,
+    leave,
+    logged,
+    make_consumer,
+    topic_missing,
+    translate,
+)
 from sidecar.brokers.kafka.positions import FENCE_LENGTH, fence_metadata, fence_of
 from sidecar.errors import BrokerRefused, NotSupported
 from sidecar.event import has_wildcard
@@ -311,7 +318,7 @@ class Groups:
     @contextlib.contextmanager
     def _consumer(self, interest: Interest) -> Iterator[Any]:
         conf, _ = self._conf(interest)
-        consumer = Consumer(conf | logged(lambda _error: None))
+        consumer = make_consumer(conf | logged(lambda _error: None), broker=self._broker)
         try:
             yield consumer
         finally:

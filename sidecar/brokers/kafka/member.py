@@ -11,9 +11,9 @@ from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
-from sidecar.brokers.kafka.client import Conf, is_missing, leave, logged
+from sidecar.brokers.kafka.client import Conf, is_missing, leave, logged, make_consumer
 from sidecar.brokers.kafka.positions import PartitionPositions, fence_of
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class Member:
         conf: Conf,
         owner: Owner,
         *,
+        broker: str,
         call: Callable[..., None],
         max_buffered: int,
         topics: Sequence[str],
@@ -135,7 +136,7 @@ class Member:
         """
         *call* runs a function on the loop. *matching*, for patterns, looks up the topics to
         subscribe to, beyond the *topics* of now. *fences*: the marks of the last moves, as they
-        were when this began (see Groups.move).
+        were when this began (see Groups.move). Raises BrokerRefused: see make_consumer.
         """
         self._name = name
         self._owner = owner
@@ -160,8 +161,8 @@ class Member:
         self._busy_until = 0.0
         self._joining_until = 0.0
         """So long a member that leaves waits for the answer to its join."""
-        self.consumer: Any = Consumer(
-            conf | logged(self._on_error) | {"on_commit": self._on_commit}
+        self.consumer: Any = make_consumer(
+            conf | logged(self._on_error) | {"on_commit": self._on_commit}, broker=broker
         )
         self._thread = threading.Thread(target=self._run, name=f"kafka-{name}", daemon=True)
 

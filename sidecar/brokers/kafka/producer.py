@@ -19,6 +19,7 @@ from sidecar.brokers.kafka.client import (
     is_refusal,
     logged,
     options,
+    refusal,
     translate,
 )
 from sidecar.errors import (
@@ -193,9 +194,9 @@ class KafkaPublisher:
         )
         try:
             return Producer(conf)
-        except KafkaException as error:
+        except (KafkaException, TypeError, ValueError) as error:
             raise BrokerRefused(
-                f"broker {self._broker!r}: {error.args[0].str()}", broker=self._broker
+                f"broker {self._broker!r}: {refusal(error)}", broker=self._broker
             ) from error
 
     def _ask(self, timeout: float) -> None:
