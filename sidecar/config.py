@@ -252,10 +252,15 @@ _KAFKA_PROMISES = {
     "enable.auto.offset.store": "an event is done when the app acked it, not before",
     "offset.store.method": "an event is done when the app acked it, not before",
     "partition.assignment.strategy": "sidecars share a subscription by cooperative rebalancing",
+    "partitioner": "an event's key decides its partition, as Kafka's Java client would",
     "group.instance.id": "each sidecar is a member of its own",
     "transactional.id": "publishing is not transactional",
     "enable.partition.eof": "what is fetched are events",
     "delivery.report.only.error": "each event gets its receipt",
+    "on_commit": "callbacks are the sidecar's own",
+    "on_delivery": "callbacks are the sidecar's own",
+    "logger": "what librdkafka says goes to the sidecar's log",
+    "default.topic.config": "name each setting by itself",
 }
 """Settings of librdkafka that would break a promise, and which."""
 
