@@ -252,7 +252,6 @@ _KAFKA_PROMISES = {
     "enable.auto.offset.store": "an event is done when the app acked it, not before",
     "offset.store.method": "an event is done when the app acked it, not before",
     "partition.assignment.strategy": "sidecars share a subscription by cooperative rebalancing",
-    "partitioner": "an event's key decides its partition, as Kafka's Java client would",
     "group.instance.id": "each sidecar is a member of its own",
     "transactional.id": "publishing is not transactional",
     "enable.partition.eof": "what is fetched are events",
@@ -274,10 +273,21 @@ def _scalars(table: dict[str, object]) -> dict[str, object]:
     return table
 
 
+_PARTITIONERS = frozenset(
+    {"consistent", "consistent_random", "murmur2", "murmur2_random", "fnv1a", "fnv1a_random"}
+)
+"""Those by which a key has one partition."""
+
+
 def _kafka_options(options: dict[str, object]) -> dict[str, object]:
     problems = []
-    for name in options:
-        if name in _KAFKA_KEYS:
+    for name, value in options.items():
+        if name == "partitioner" and value not in _PARTITIONERS:
+            problems.append(
+                f"{name!r} must be one of {_list(sorted(_PARTITIONERS))}: an event's key decides "
+                "its partition"
+            )
+        elif name in _KAFKA_KEYS:
             problems.append(f"{name!r} is set by {_KAFKA_KEYS[name]}; use that")
         elif name in _KAFKA_PROMISES or name.endswith("_cb"):
             why = _KAFKA_PROMISES.get(name, "callbacks are the sidecar's own")

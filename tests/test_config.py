@@ -1095,6 +1095,16 @@ def test_settings_of_librdkafka_are_passed_through() -> None:
     assert broker.options == {"socket.nagle.disable": True, "fetch.min.bytes": 1}
 
 
+def test_a_partitioner_goes_by_the_key() -> None:
+    """Else the events of a key would lie in any partition, and their order be gone."""
+    config.check(kafka(options={"partitioner": "consistent_random"}))
+
+    assert problem(kafka(options={"partitioner": "random"})) == (
+        "brokers.log.options: 'partitioner' must be one of consistent, consistent_random, fnv1a, "
+        "fnv1a_random, murmur2, murmur2_random: an event's key decides its partition"
+    )
+
+
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
@@ -1102,7 +1112,6 @@ def test_settings_of_librdkafka_are_passed_through() -> None:
         ("enable.idempotence", "events are stored once and in order"),
         ("enable.auto.commit", "an event is done when the app acked it, not before"),
         ("partition.assignment.strategy", "cooperative rebalancing"),
-        ("partitioner", "an event's key decides its partition"),
         ("error_cb", "callbacks are the sidecar's own"),
         ("on_delivery", "callbacks are the sidecar's own"),
         ("logger", "the sidecar's log"),
