@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import confluent_kafka
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import KafkaError, TopicPartition
 
 from sidecar.broker import Start
+from sidecar.brokers.kafka.source import KafkaSource
 from sidecar.errors import (
     BrokerRefused,
     EventTooLarge,
@@ -144,6 +145,25 @@ async def test_wildcards_match_no_dead_letters_unless_they_name_them(
     assert [i.topic for i in everything] == [topic]
     assert [i.topic for i in letters] == [f"{topic}.dlq"]
     assert sorted(i.topic for i in others) == [topic, f"{first}.last"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"), [("orders.>", SourceLost), ("orders.made", TopicMissing)]
+)
+async def test_one_topic_that_goes_does_not_end_a_wildcard(
+    pattern: str, expected: type[Exception]
+) -> None:
+    """The subscription begins again with those that are there; its consumers need not know."""
+    source = KafkaSource(
+        "log", interest(pattern), connected=bool, lag=no_lag, use_classic=lambda: False
+    )
+    source.on_failure(KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART))
+    with pytest.raises(expected):
+        await source.fetch(1)
+
+
+async def no_lag(_: object) -> dict[tuple[str, int], int]:
+    return {}
 
 
 @pytest.mark.parametrize("start", [Start(), Start(latest=True)], ids=["earliest", "latest"])

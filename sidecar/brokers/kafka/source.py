@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from confluent_kafka import KafkaError, TopicPartition
 
 from sidecar.broker import Incoming, Interest, Source
-from sidecar.brokers.kafka.client import translate
+from sidecar.brokers.kafka.client import is_missing, translate
 from sidecar.errors import BrokerUnavailable, InvalidEvent, SidecarError, SourceLost
-from sidecar.event import Position
+from sidecar.event import Position, has_wildcard
 from sidecar.wire import kafka as binding
 from sidecar.wire.cloudevents import Defaults
 
@@ -417,8 +417,11 @@ class KafkaSource(Source):
 
     def on_failure(self, error: KafkaError) -> None:
         translated = translate(error, broker=self._broker, topic=self._interest.topic)
-        if translated.retryable:
-            translated = SourceLost(translated.message, subscription=self._interest.name)
+        # Of those that a pattern takes in one may go, and come again.
+        if translated.retryable or (is_missing(error) and has_wildcard(self._interest.topic)):
+            translated = SourceLost(
+                f"broker {self._broker!r}: {error.str()}", subscription=self._interest.name
+            )
         self._lose(translated)
 
     def on_unsupported(self, error: KafkaError) -> None:
