@@ -325,6 +325,21 @@ async def test_a_producer_that_failed_for_good_is_replaced_and_nothing_is_lost(
     assert "another one goes on" in caplog.text
 
 
+async def test_what_was_given_up_is_not_published_again_by_another_producer(
+    cluster: KafkaCluster, topic: str
+) -> None:
+    """Whoever gave it up may have published it again by then."""
+    async with broker_on(cluster, linger_seconds=0.5) as broker:
+        await publish(broker, topic, [event("first")])
+        given_up = broker.publish(topic, [event("given up")])
+        fail_for_good(broker._publisher._producer)
+        given_up.cancel()
+        await publish(broker, topic, [event("last")])
+        taken = await take(await broker.subscribe(interest(topic)), 2)
+
+    assert ids(taken) == ["first", "last"]
+
+
 # -- events of others, and tombstones
 
 

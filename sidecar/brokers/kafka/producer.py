@@ -468,6 +468,9 @@ class KafkaPublisher:
         _end_in_thread(old)
         self._replacing = 0.0
         for number, batch in list(self._sent.items()):
+            if batch.future.cancelled():  # given up: whoever did it may have published it again
+                del self._sent[number]
+                continue
             missing = [index for index, outcome in enumerate(batch.outcomes) if outcome is None]
             self._produce(number, batch, missing)
         for topic in list(self._held):
