@@ -687,6 +687,30 @@ def is_committed(cluster: KafkaCluster, group: str, topic: str, offset: int) -> 
     return condition
 
 
+async def test_an_offset_beyond_the_end_moves_nothing(
+    cluster: KafkaCluster, broker: KafkaBroker, topic: str
+) -> None:
+    """Nothing is there to be fetched, so librdkafka would begin at the earliest again."""
+    wanted = interest(topic)
+    await publish(broker, topic, events(range(3)))
+    with pytest.raises(NotSupported, match="ends at 3"):
+        await broker.subscribe(interest(topic, start=at(4)))
+    source = await broker.subscribe(wanted)
+    await take(source, 3, ack=True)
+    with pytest.raises(NotSupported, match="ends at 3"):
+        await broker.seek(wanted, at(4))
+    await broker.seek(wanted, at(3))
+    await source.close()
+    await publish(broker, topic, [event("3")])
+    taken = await take(await broker.subscribe(wanted), 1)
+
+    assert ids(taken) == ["3"]
+
+
+def at(offset: int) -> Start:
+    return Start(position=Position(partition=0, offset=offset))
+
+
 async def test_members_that_are_no_sidecars_are_named_as_the_reason(
     cluster: KafkaCluster, broker: KafkaBroker, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,7 +245,7 @@ class Groups:
     def _offsets(
         self, consumer: Any, partitions: Sequence[Partition], start: Start
     ) -> list[Partition]:
-        """The offset of *start* in each partition."""
+        """The offset of *start* in each partition. Raises NotSupported: it is beyond the end."""
         try:
             if start.time_ns is not None:
                 asked = [
@@ -256,7 +256,7 @@ class Groups:
             position = start.position
             if position is not None and position.offset is not None:
                 return [
-                    Partition(p.topic, p.partition, position.offset)
+                    _at(consumer, p, position.offset)
                     if p.partition == (position.partition or 0)
                     else _edge(consumer, p, latest=False)
                     for p in partitions
@@ -359,6 +359,17 @@ def _place(partition: Partition) -> Place:
 def _edge(consumer: Any, partition: Partition, *, latest: bool) -> Partition:
     low, high = consumer.get_watermark_offsets(partition, timeout=CALL_SECONDS)
     return Partition(partition.topic, partition.partition, high if latest else low)
+
+
+def _at(consumer: Any, partition: Partition, offset: int) -> Partition:
+    """Beyond the end nothing can be fetched: librdkafka would begin at the earliest."""
+    end = _edge(consumer, partition, latest=True).offset
+    if offset > end:
+        raise NotSupported(
+            f"position: partition {partition.partition} of {partition.topic!r} ends at {end}; "
+            f"name an offset up to that, not {offset}"
+        )
+    return Partition(partition.topic, partition.partition, offset)
 
 
 def _pause() -> None:
