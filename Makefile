@@ -53,7 +53,7 @@ endef
 proto: $(READY) ## Generate sidecar/v1 from proto/
 	@$(call generate,.)
 
-bench: $(READY) ## Measure against the raw client library, in one run
+bench: $(READY) ## Measure on each broker against its raw client library, in one run
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 drill: $(READY) ## Longer drills: 200,000 events (Kafka: 100,000) over killed servers and sidecars

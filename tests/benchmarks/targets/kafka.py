@@ -111,6 +111,10 @@ async def _publish(spec: Spec) -> Sample:
         else:
             meter.events += 1
 
+    # With the first answer it is connected, and has its producer id.
+    publisher.publish(answered)
+    publisher.flush()
+
     def publish() -> None:
         while not meter.stopping:
             publisher.publish(answered)
