@@ -641,6 +641,31 @@ async def test_nothing_old_is_committed_after_a_move(
     assert {i.attempts for i in again} == {0}
 
 
+@BOTH_PROTOCOLS
+@pytest.mark.timeout(90)
+async def test_two_who_move_a_group_at_once_do_not_wait_for_each_other(
+    cluster: KafkaCluster, topic: str, protocol: str
+) -> None:
+    """Neither consumes, so both have to be members for a moment; one move then stands for both."""
+    wanted = interest(topic)
+    async with (
+        broker_on(cluster, group_protocol=protocol) as one,
+        broker_on(cluster, group_protocol=protocol) as two,
+        broker_on(cluster, group_protocol=protocol) as consuming,
+    ):
+        await publish(consuming, topic, events(range(100)))
+        source = await consuming.subscribe(wanted)
+        await take(source, 100, ack=True)
+        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+            tasks.create_task(swallow(take(source, 1)))
+            tasks.create_task(one.seek(wanted, Start()))
+            tasks.create_task(two.seek(wanted, Start()))
+        await source.close()
+        again = await take(await consuming.subscribe(wanted), 100, ack=True)
+
+    assert ids(again) == numbers(100)
+
+
 async def swallow(consuming: Any) -> None:
     with pytest.raises(SourceLost, match="was moved"):
         await consuming

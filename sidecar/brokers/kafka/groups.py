@@ -37,6 +37,8 @@ FIRST_USE_SECONDS = 10.0
 MOVE_SECONDS = 30.0
 """The others leave within a second or two; one that was killed, when its session ends."""
 LOOK_SECONDS = 0.05
+MOVER = " (moves the group)"
+"""How the client id of a member ends that is there for that only."""
 
 _PASSING = {
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
@@ -127,11 +129,17 @@ class Groups:
         only members may. Every member looks for it each second, and leaves when it is new to it.
         Until all members of before have left they may still commit, which takes the mark away: so
         it is over when they are gone and the mark is there, and else is done again.
+
+        Where another move came after, its mark stands for ours: two that did theirs again, or
+        waited for each other's member to leave, would both go on until their time is up.
         """
         topics = self._topics.matching(interest.topic)
         if not topics:
             raise topic_missing(self._broker, interest.topic)
-        with self._consumer(interest) as consumer, self._consumer(interest) as looker:
+        with (
+            self._consumer(interest, suffix=MOVER) as consumer,
+            self._consumer(interest) as looker,
+        ):
             offsets = self._offsets(consumer, self._meant(interest, topics, to), to)
             fence = secrets.token_hex(FENCE_LENGTH // 2)
             marked = [
@@ -152,13 +160,16 @@ class Groups:
         deadline = time.monotonic() + MOVE_SECONDS
         joined = False
         stale: set[str] = set()
+        old: set[str] = {""}
         while time.monotonic() < deadline:
             # Those of now may not know of what is committed next.
-            stale |= self._members(interest.name) - {_member_id(consumer)}
+            stale |= self._members(interest.name)
+            old |= {fence_of(p.metadata or "") for p in self._committed(looker, marked).values()}
+            old -= {fence_of(p.metadata or "") for p in marked}
             if _commit_by(ours, marked) or self._commit(consumer, marked):
                 member = consumer if joined else None
                 if self._follow(
-                    interest.name, member, looker, marked, stale=stale, deadline=deadline
+                    interest.name, member, looker, marked, stale=stale, old=old, deadline=deadline
                 ):
                     return
                 continue
@@ -182,12 +193,17 @@ class Groups:
         marked: Sequence[Partition],
         *,
         stale: set[str],
+        old: set[str],
         deadline: float,
     ) -> bool:
-        """Wait until all *stale* members have left. False: one has committed over the marks."""
+        """
+        Wait until all *stale* members have left. False: one has committed over the marks.
+
+        *old*: the marks that they may know of.
+        """
         while time.monotonic() < deadline:
             gone = not stale & self._members(group)
-            if not self._all_marked(looker, marked):
+            if not self._all_marked(looker, marked, old):
                 return False
             if gone:
                 return True
@@ -197,11 +213,10 @@ class Groups:
                 _pause()
         return False
 
-    def _all_marked(self, consumer: Any, marked: Sequence[Partition]) -> bool:
+    def _all_marked(self, consumer: Any, marked: Sequence[Partition], old: set[str]) -> bool:
+        """With our mark, or that of a move that came after."""
         found = self._committed(consumer, marked)
-        return all(
-            fence_of(found[_place(p)].metadata or "") == fence_of(p.metadata or "") for p in marked
-        )
+        return all(fence_of(found[_place(p)].metadata or "") not in old for p in marked)
 
     def _meant(
         self, interest: Interest, topics: Mapping[str, Sequence[int]], to: Start
@@ -227,6 +242,7 @@ class Groups:
         return meant
 
     def _members(self, group: str) -> set[str]:
+        """Their ids; not those that are there to move the group, which commit marks and no more."""
         try:
             future = self._topics.admin.describe_consumer_groups(
                 [group], request_timeout=CALL_SECONDS
@@ -238,7 +254,7 @@ class Groups:
             if error.args[0].code() in _PASSING:
                 return {"?"}
             raise translate(error.args[0], broker=self._broker) from error
-        return {member.member_id for member in described.members}
+        return {m.member_id for m in described.members if not m.client_id.endswith(MOVER)}
 
     # -- offsets
 
@@ -316,8 +332,10 @@ class Groups:
         return lag
 
     @contextlib.contextmanager
-    def _consumer(self, interest: Interest) -> Iterator[Any]:
+    def _consumer(self, interest: Interest, *, suffix: str = "") -> Iterator[Any]:
+        """*suffix*: of its client id."""
         conf, _ = self._conf(interest)
+        conf["client.id"] += suffix
         consumer = make_consumer(conf | logged(lambda _error: None), broker=self._broker)
         try:
             yield consumer
@@ -340,12 +358,6 @@ def _commit_by(ours: Sequence[Member], marked: list[Partition]) -> bool:
             continue  # it has left, or a rebalance is under way
         return True
     return False
-
-
-def _member_id(consumer: Any) -> str:
-    with contextlib.suppress(KafkaException, RuntimeError):
-        return consumer.memberid() or ""
-    return ""
 
 
 def _partitions(topics: Mapping[str, Sequence[int]]) -> list[Partition]:
