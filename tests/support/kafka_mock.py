@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 NOT_SHOWN = (
     "what survives a node that dies, comes back or hangs; groups that change and positions that "
-    "survive; topics that are made; TLS and SASL"
+    "survive; seek and lag; topics that are made; TLS and SASL"
 )
 
 
