@@ -129,6 +129,25 @@ async def test_a_topic_that_was_deleted_is_missing_again(cluster: KafkaCluster, 
         await until(is_missing, seconds=20)
 
 
+async def test_a_topic_that_was_deleted_is_made_again_where_that_is_wanted(
+    cluster: KafkaCluster, broker: KafkaBroker, topic: str
+) -> None:
+    """By the next publish; librdkafka would say for seconds that it is not there."""
+    await publish(broker, topic, [event("old")])
+    client = admin(cluster)
+    client.delete_topics([topic])[topic].result(5)
+    under_way = []
+    for number in range(50):
+        under_way.append(broker.publish(topic, events(range(number * 2, number * 2 + 2))))
+        await asyncio.sleep(0.01)
+    async with asyncio.timeout(20):
+        receipts = [receipt(outcome) for one in under_way for outcome in await one]
+    taken = await take(await broker.subscribe(interest(topic)), 1)
+
+    assert [r.event_id for r in receipts] == numbers(100)
+    assert taken
+
+
 async def test_wildcards_match_no_dead_letters_unless_they_name_them(
     broker: KafkaBroker, topic: str
 ) -> None:

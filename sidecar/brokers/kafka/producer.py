@@ -63,7 +63,7 @@ _AGAIN = {KafkaError._FATAL, KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT
 class _Batch:
     """One publish call: where its outcomes gather."""
 
-    __slots__ = ("events", "future", "outcomes", "remaining", "topic")
+    __slots__ = ("events", "future", "missing", "outcomes", "remaining", "topic")
 
     def __init__(
         self, topic: str, events: Sequence[Event], future: asyncio.Future[Sequence[Outcome]]
@@ -73,6 +73,8 @@ class _Batch:
         self.future = future
         self.outcomes: list[Outcome | None] = [None] * len(events)
         self.remaining = len(events)
+        self.missing: list[int] = []
+        """Those that librdkafka gave back, because their topic was gone."""
 
     def put(self, index: int, outcome: Outcome) -> bool:
         """Whether that was the last one."""
@@ -128,6 +130,9 @@ class KafkaPublisher:
         """By topic; each in order."""
         self._sent: dict[int, _Batch] = {}
         """In order; those that have answers to come."""
+        self._missing: set[str] = set()
+        """Topics that were there and of which librdkafka says that they are not; those that were
+        sent to them are to be sent again."""
         self._looking: set[str] = set()
         """Topics that are being looked up."""
         self._next = 0
@@ -249,7 +254,7 @@ class KafkaPublisher:
             self._on_state(BrokerState(connected=True, detail=servers))
         if self._connecting is not None and not self._connecting.done():
             self._connecting.set_result(None)
-        for topic in list(self._held):
+        for topic in {*self._held, *self._missing}:
             self._go_on(topic)
 
     def _on_error(self, error: KafkaError) -> None:
@@ -306,14 +311,30 @@ class KafkaPublisher:
 
     def _go_on(self, topic: str) -> None:
         """Send what is held of *topic*, or do what must come before."""
-        if not self._takes or topic not in self._held:
+        if not self._takes or not (topic in self._held or topic in self._missing):
             return
         if topic not in self._known:
             self._look_up(topic)
             return
-        for batch in self._held.pop(topic).values():
+        self._send_again(topic)
+        if topic not in self._known:
+            return  # still missing: what is held stays behind what was sent before
+        for batch in self._held.pop(topic, {}).values():
             if not batch.future.cancelled():
                 self._send(batch)
+
+    def _send_again(self, topic: str) -> None:
+        """What was given back because *topic* was not there."""
+        self._missing.discard(topic)
+        for number, batch in self._given_back(topic):
+            again, batch.missing = sorted(batch.missing), []
+            if batch.future.cancelled():
+                self._sent.pop(number, None)
+            else:
+                self._produce(number, batch, again)
+
+    def _given_back(self, topic: str) -> Sequence[tuple[int, _Batch]]:
+        return [(n, one) for n, one in self._sent.items() if one.missing and one.topic == topic]
 
     def _send(self, batch: _Batch) -> None:
         number = self._next
@@ -373,8 +394,25 @@ class KafkaPublisher:
             self._answer(number, batch, index, full)
         elif error.args[0].code() == KafkaError._FATAL:
             self._begin_replacing(error.args[0])
+        elif is_missing(error.args[0]):
+            self._give_back(batch, index)
         else:
-            self._answer(number, batch, index, self._failure(error.args[0], batch.topic))
+            refused = translate(error.args[0], broker=self._broker, topic=batch.topic)
+            self._answer(number, batch, index, refused)
+
+    def _give_back(self, batch: _Batch, index: int) -> None:
+        """
+        The topic was there, and is not: it was deleted, and perhaps made anew.
+
+        librdkafka does not look at once. We do, make it where that is wanted, and send the event
+        again, until it is given up.
+        """
+        topic = batch.topic
+        batch.missing.append(index)
+        if topic not in self._missing:
+            self._missing.add(topic)
+            self._known.discard(topic)
+            asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._go_on, topic)
 
     def _answered(
         self, number: int, batch: _Batch, index: int, error: KafkaError | None, message: Message
@@ -390,19 +428,17 @@ class KafkaPublisher:
             )
         elif error.code() in _AGAIN:
             return
+        elif is_missing(error):
+            self._give_back(batch, index)
+            return
         else:
-            outcome = self._failure(error, batch.topic)
+            outcome = translate(error, broker=self._broker, topic=batch.topic)
         if batch.put(index, outcome):
             self._sent.pop(number, None)
 
     def _answer(self, number: int, batch: _Batch, index: int, outcome: Outcome) -> None:
         if batch.put(index, outcome):
             self._sent.pop(number, None)
-
-    def _failure(self, error: KafkaError, topic: str) -> SidecarError:
-        if is_missing(error):
-            self._known.discard(topic)
-        return translate(error, broker=self._broker, topic=topic)
 
     # -- polling
 
@@ -472,8 +508,9 @@ class KafkaPublisher:
                 del self._sent[number]
                 continue
             missing = [index for index, outcome in enumerate(batch.outcomes) if outcome is None]
+            batch.missing.clear()
             self._produce(number, batch, missing)
-        for topic in list(self._held):
+        for topic in {*self._held, *self._missing}:
             self._go_on(topic)
 
     # -- topics seen for the first time
@@ -498,6 +535,11 @@ class KafkaPublisher:
             asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._go_on, topic)
         else:
             ours = error if isinstance(error, SidecarError) else Internal(str(error))
+            self._missing.discard(topic)
+            for number, batch in self._given_back(topic):
+                for index in batch.missing:
+                    self._answer(number, batch, index, ours)
+                batch.missing = []
             for batch in self._held.pop(topic, {}).values():
                 if not batch.future.done():
                     batch.future.set_result([ours] * len(batch.events))
