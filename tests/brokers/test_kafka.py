@@ -264,6 +264,32 @@ async def test_events_of_ten_mebibytes_pass_when_configured(
     assert [i.event and i.event.data for i in taken] == [e.data for e in batch]
 
 
+async def test_large_events_wait_at_the_broker_and_not_here(
+    cluster: KafkaCluster, broker: KafkaBroker, topic: str
+) -> None:
+    """What is fetched for a window that is full is bounded in bytes too, and goes on when it is not."""
+    cluster.create_topic(topic, 2)
+    for number in range(64):
+        await produce(cluster, topic, b"x" * 900_000, partition=number % 2)
+    source = await broker.subscribe(interest(topic, max_in_flight=256))
+    first = await take(source, 1, ack=True)
+    assert isinstance(source, KafkaSource)
+    await until(is_paused(source))
+    waiting = sum(len(message) for one in source._assigned.values() for message in one.buffer)
+    rest = await take(source, 63, ack=True)
+
+    assert len(first) == 1
+    assert 16 << 20 <= waiting <= 32 << 20
+    assert len(rest) == 63
+
+
+def is_paused(source: KafkaSource) -> Any:
+    async def condition() -> bool:
+        return source.member is not None and source.member._paused
+
+    return condition
+
+
 async def test_a_topic_that_takes_less_than_we_do_refuses_that_event_alone(
     cluster: KafkaCluster, topic: str
 ) -> None:

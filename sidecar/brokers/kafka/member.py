@@ -32,6 +32,8 @@ BUSY_POLL_SECONDS = 0.005
 BUSY_SECONDS = 1.0
 """So long after an event or a commit the next commit is expected."""
 BATCH = 500
+MAX_BUFFERED_BYTES = 16 << 20
+"""So much waits in buffers, beside the last that was fetched."""
 CALL_SECONDS = 10.0
 PATIENCE_SECONDS = 1.0
 """So long a full buffer only stops the polling; then its partitions are paused and polling goes on."""
@@ -59,7 +61,18 @@ _PASSING = {
 class Assigned:
     """One partition while it is ours. Its positions belong to the loop, its buffer is filled here."""
 
-    __slots__ = ("again", "buffer", "gone", "leaving", "log", "paused", "place", "positions")
+    __slots__ = (
+        "again",
+        "buffer",
+        "bytes_in",
+        "bytes_out",
+        "gone",
+        "leaving",
+        "log",
+        "paused",
+        "place",
+        "positions",
+    )
 
     def __init__(self, place: Place, positions: PartitionPositions, log_number: int) -> None:
         self.place = place
@@ -67,6 +80,8 @@ class Assigned:
         self.log = log_number
         """Offsets are those of this log: a topic that is made anew has the same ones for others."""
         self.buffer: deque[Message] = deque()
+        self.bytes_in = self.bytes_out = 0
+        """Of all that was ever put into the buffer, by its thread, and taken out, by the loop."""
         self.again: deque[Message] = deque()
         """What was given back, ascending."""
         self.leaving = False
@@ -265,8 +280,10 @@ class Member:
             self._do_jobs()
             self._do_commits()
             self._do_pauses()
-            buffered = self._buffered()
-            if not self._paused and (self._resting or buffered >= self._max_buffered):
+            buffered, size = self._buffered(), self._buffered_bytes()
+            full = buffered >= self._max_buffered or size >= MAX_BUFFERED_BYTES
+            half = max(1, self._max_buffered // 2)
+            if not self._paused and (self._resting or full):
                 # Short: only wait, or librdkafka would throw away what it fetched ahead.
                 full_since = full_since or now
                 if not self._resting and now - full_since < PATIENCE_SECONDS:
@@ -274,7 +291,12 @@ class Member:
                     continue
                 self.consumer.pause(self.consumer.assignment())
                 self._paused = True
-            elif self._paused and not self._resting and buffered < max(1, self._max_buffered // 2):
+            elif (
+                self._paused
+                and not self._resting
+                and buffered < half
+                and size < MAX_BUFFERED_BYTES // 2
+            ):
                 self.consumer.resume(self._resumable())
                 self._paused, full_since = False, 0.0
             elif not self._paused:
@@ -284,6 +306,10 @@ class Member:
     def _buffered(self) -> int:
         """What waits to be fetched; not what waits because its partition's gap is too wide."""
         return sum(len(one.buffer) for one in self._routes.values() if not one.paused)
+
+    def _buffered_bytes(self) -> int:
+        """The same in bytes of data."""
+        return sum(one.bytes_in - one.bytes_out for one in self._routes.values() if not one.paused)
 
     def _consume(self) -> None:
         # consume() waits until it has all it was asked for: one first, then what is there.
@@ -304,6 +330,7 @@ class Member:
                 continue
             assigned = self._routes.get((message.topic(), message.partition()))
             if assigned is not None:
+                assigned.bytes_in += len(message)
                 assigned.buffer.append(message)
                 arrived = True
         if arrived:

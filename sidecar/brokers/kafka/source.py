@@ -167,6 +167,7 @@ class KafkaSource(Source):
                 self._set_paused(partition, paused=True)
                 return
             message = buffer.popleft()
+            partition.bytes_out += len(message)
             offset = message.offset()
             attempts = positions.fetched(offset)
             if attempts is not None:
