@@ -838,6 +838,7 @@ def _cross_checks(data: Mapping[str, object]) -> Iterator[_Problem]:
     for name, broker in brokers.items():
         streams = _tables(_table(broker).get("streams"))
         yield from _repeated_names(("brokers", name, "streams"), streams)
+        yield from _lingers_too_long(name, _table(broker), _table(data.get("publishing")))
     types = {name: _table(b).get("type") for name, b in brokers.items()}
     types = types or {EMBEDDED_BROKER: "jetstream"}
     yield from _unknown_brokers(routes, subscriptions, types)
@@ -873,6 +874,16 @@ def _pending_holds_an_event(data: Mapping[str, object]) -> Iterator[_Problem]:
     if isinstance(event, int) and isinstance(pending, int) and pending < event:
         path = ("publishing", "max_pending_bytes")
         yield _Problem(path, f"{pending} is less than limits.max_event_bytes; use at least {event}")
+
+
+def _lingers_too_long(
+    name: str, broker: dict[str, object], publishing: dict[str, object]
+) -> Iterator[_Problem]:
+    linger = broker.get("linger_seconds")
+    timeout = publishing.get("timeout_seconds", Publishing().timeout_seconds)
+    if isinstance(linger, int | float) and isinstance(timeout, int | float) and linger >= timeout:
+        path = ("brokers", name, "linger_seconds")
+        yield _Problem(path, f"{linger:g} is not less than publishing.timeout_seconds, {timeout:g}")
 
 
 def _repeated_names(path: KeyPath, tables: list[dict[str, object]]) -> Iterator[_Problem]:

@@ -1095,6 +1095,14 @@ def test_settings_of_librdkafka_are_passed_through() -> None:
     assert broker.options == {"socket.nagle.disable": True, "fetch.min.bytes": 1}
 
 
+def test_nothing_lingers_for_longer_than_a_publish_may_take() -> None:
+    data = kafka(linger_seconds=2) | {"publishing": {"timeout_seconds": 2}}
+
+    assert problem(data) == (
+        "brokers.log.linger_seconds: 2 is not less than publishing.timeout_seconds, 2"
+    )
+
+
 def test_a_partitioner_goes_by_the_key() -> None:
     """Else the events of a key would lie in any partition, and their order be gone."""
     config.check(kafka(options={"partitioner": "consistent_random"}))

@@ -36,6 +36,7 @@ _UNAVAILABLE = {
     KafkaError._TIMED_OUT,
     KafkaError._WAIT_COORD,
     KafkaError._DESTROY,
+    KafkaError._FAIL,
     KafkaError.COORDINATOR_NOT_AVAILABLE,
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
     KafkaError.NOT_COORDINATOR,
@@ -148,14 +149,18 @@ def refusal(error: Exception) -> str:
     return reason.str() if isinstance(reason, KafkaError) else str(reason)
 
 
+_NO_NEWS = frozenset({"FAIL", "ERROR", "REQTMOUT", "GETPID", "CONFWARN"})
+"""A connection that fails is a line at each try, and the broker's state says it once. And each client
+warns of the options that are for another kind of client."""
+
+
 class _Log:
     """Stands in for a logger: librdkafka calls its `log` within poll."""
 
     _to = logging.getLogger("librdkafka")
 
     def log(self, level: int, text: str, *arguments: object) -> None:
-        # A connection that fails is a line at each try; the broker's state says it once.
-        if not arguments or arguments[0] not in {"FAIL", "ERROR", "REQTMOUT", "GETPID"}:
+        if not arguments or arguments[0] not in _NO_NEWS:
             self._to.log(level, text, *arguments)
 
 

@@ -21,7 +21,7 @@ from sidecar.brokers.kafka.client import (
     translate,
 )
 from sidecar.brokers.kafka.positions import FENCE_LENGTH, fence_metadata, fence_of
-from sidecar.errors import BrokerRefused, NotSupported
+from sidecar.errors import BrokerRefused, BrokerUnavailable, NotSupported
 from sidecar.event import has_wildcard
 
 if TYPE_CHECKING:
@@ -248,6 +248,8 @@ class Groups:
                 [group], request_timeout=CALL_SECONDS
             )[group]
             described = future.result(timeout=2 * CALL_SECONDS)
+        except TimeoutError as error:
+            raise self._silent() from error
         except KafkaException as error:
             if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
                 return set()
@@ -324,12 +326,17 @@ class Groups:
             place = _place(partition)
             try:
                 end = future.result(timeout=2 * CALL_SECONDS).offset
+            except TimeoutError as error:
+                raise self._silent() from error
             except KafkaException as error:
                 raise translate(error.args[0], broker=self._broker) from error
             known = elsewhere.get(place)
             done, waiting = here.get(place) or (known.offset if known is not None else 0, 0)
             lag[place] = max(0, end - max(0, done)) + waiting
         return lag
+
+    def _silent(self) -> BrokerUnavailable:
+        return BrokerUnavailable(f"broker {self._broker!r} does not answer", broker=self._broker)
 
     @contextlib.contextmanager
     def _consumer(self, interest: Interest, *, suffix: str = "") -> Iterator[Any]:

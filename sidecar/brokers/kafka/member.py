@@ -114,6 +114,9 @@ class Owner(Protocol):
         self, error: KafkaError | None, partitions: Sequence[TopicPartition]
     ) -> None: ...
 
+    def on_not_committed(self, error: KafkaError | None) -> None:
+        """The commit that was handed over last was not sent. None: there was nothing left to send."""
+
     def on_failure(self, error: KafkaError) -> None:
         """It will not go on by itself."""
 
@@ -340,7 +343,7 @@ class Member:
         while self._commits:
             offsets = self._commits.popleft()
             if not offsets:  # all of them were revoked meanwhile
-                self._call(self._owner.on_committed, None, ())
+                self._call(self._owner.on_not_committed, None)
                 continue
             self._busy_until = time.monotonic() + BUSY_SECONDS
             try:
@@ -350,7 +353,7 @@ class Member:
                 error = KafkaError(KafkaError._STATE)
             except KafkaException as exception:
                 error = exception.args[0]
-            self._call(self._owner.on_committed, error, ())
+            self._call(self._owner.on_not_committed, error)
 
     def _do_jobs(self) -> None:
         while self._jobs:
@@ -440,29 +443,29 @@ class Member:
             return
         try:
             committed = consumer.committed(partitions, timeout=CALL_SECONDS)
+            fresh = [self._begin(consumer, partition) for partition in committed]
         except KafkaException as error:
             # Nothing is fetched that way; whoever subscribes again asks again.
             self._call(self._owner.on_failure, error.args[0])
             consumer.incremental_assign(partitions)
             consumer.pause(partitions)
             return
-        fresh: list[tuple[Place, PartitionPositions]] = []
         moved = self._moved_of(committed)
         if moved:
             self._tell_moved(moved)
-        for partition in committed:
-            place = (partition.topic, partition.partition)
-            if partition.offset >= 0:
-                positions = PartitionPositions(partition.offset, partition.metadata or "")
-            else:
-                # Not there when the group began (see Groups.begin), or made anew since: all that it
-                # has is new.
-                self._logs[place] = next(_LOGS)
-                low, _ = consumer.get_watermark_offsets(TopicPartition(*place), CALL_SECONDS)
-                positions = PartitionPositions.at(low)
-            fresh.append((place, positions))
         self._install(fresh)
         self._assign([TopicPartition(*place, positions.next_offset) for place, positions in fresh])
+
+    def _begin(self, consumer: Any, partition: TopicPartition) -> tuple[Place, PartitionPositions]:
+        """Where to go on, as committed. Raises KafkaException."""
+        place = (partition.topic, partition.partition)
+        if partition.offset >= 0:
+            return place, PartitionPositions(partition.offset, partition.metadata or "")
+        # Not there when the group began (see Groups.begin), or made anew since: all that it has is
+        # new.
+        self._logs[place] = next(_LOGS)
+        low, _ = consumer.get_watermark_offsets(TopicPartition(*place), CALL_SECONDS)
+        return place, PartitionPositions.at(low)
 
     def _assign(self, partitions: list[TopicPartition]) -> None:
         self.consumer.incremental_assign(partitions)

@@ -456,13 +456,15 @@ class KafkaPublisher:
         self._poll_timer = None
         if self._producer is None:
             return
-        self._serve()
         loop = asyncio.get_running_loop()
-        if self._replacing:
-            self._try_to_replace(loop.time())
-        self._idle = not (self._sent or self._connecting)
-        seconds = IDLE_POLL_SECONDS if self._idle else BUSY_POLL_SECONDS
-        self._poll_timer = loop.call_later(seconds, self._poll)
+        try:
+            self._serve()
+            if self._replacing:
+                self._try_to_replace(loop.time())
+        finally:  # whatever a callback raises: without polling nothing would ever be answered
+            self._idle = not (self._sent or self._connecting)
+            seconds = IDLE_POLL_SECONDS if self._idle else BUSY_POLL_SECONDS
+            self._poll_timer = loop.call_later(seconds, self._poll)
 
     def _serve(self) -> None:
         """Let librdkafka call back."""

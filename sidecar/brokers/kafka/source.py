@@ -318,6 +318,9 @@ class KafkaSource(Source):
         else:
             self._answered(error, partitions)
 
+    def on_not_committed(self, error: KafkaError | None) -> None:
+        self._answered(error, ())
+
     def _answered(self, error: KafkaError | None, partitions: Sequence[TopicPartition]) -> None:
         if self._committing is None:
             return
