@@ -65,8 +65,6 @@ class KafkaBroker(Broker):
         self._settings = settings
         self._client_name = client_name
         self._max_message_bytes = max_event_bytes + HEADERS_BYTES
-        self._max_pending = max_pending
-        self._timeout_seconds = timeout_seconds
         self._classic = settings.group_protocol == "classic"
         self._sources: list[KafkaSource] = []
         self._closed = False
@@ -135,10 +133,9 @@ class KafkaBroker(Broker):
         fences: Mapping[Place, str],
     ) -> Member:
         pattern = has_wildcard(interest.topic)
-        conf, _ = self._consumer_conf(interest)
         return Member(
             interest.name,
-            conf,
+            self._consumer_conf(interest),
             source,
             broker=self.name,
             call=source.call,
@@ -157,7 +154,7 @@ class KafkaBroker(Broker):
         self._classic = True
         return True
 
-    def _consumer_conf(self, interest: Interest) -> tuple[Conf, str]:
+    def _consumer_conf(self, interest: Interest) -> Conf:
         settings = self._settings
         largest = self._max_message_bytes + FRAMING_BYTES
         session_ms = int(settings.session_timeout_seconds * 1000)
@@ -187,7 +184,7 @@ class KafkaBroker(Broker):
             }
         )
         if not self._classic:
-            return conf | {"group.protocol": "consumer"}, "consumer"
+            return conf | {"group.protocol": "consumer"}
         classic = {
             "group.protocol": "classic",
             "partition.assignment.strategy": "cooperative-sticky",
@@ -195,7 +192,7 @@ class KafkaBroker(Broker):
             # Members learn of a rebalance by their heartbeat: often, so that it is over soon.
             "heartbeat.interval.ms": min(1000, session_ms // 4),
         }
-        return conf | classic, "classic"
+        return conf | classic
 
     async def seek(self, interest: Interest, to: Start) -> None:
         self._check_connected()

@@ -66,10 +66,8 @@ class Groups:
     Each raises BrokerUnavailable and BrokerRefused.
     """
 
-    def __init__(
-        self, broker: str, topics: Topics, conf: Callable[[Interest], tuple[Conf, str]]
-    ) -> None:
-        """*conf*: settings of a consumer, and its group protocol."""
+    def __init__(self, broker: str, topics: Topics, conf: Callable[[Interest], Conf]) -> None:
+        """*conf*: settings of a consumer."""
         self._broker = broker
         self._topics = topics
         self._conf = conf
@@ -341,7 +339,7 @@ class Groups:
     @contextlib.contextmanager
     def _consumer(self, interest: Interest, *, suffix: str = "") -> Iterator[Any]:
         """*suffix*: of its client id."""
-        conf, _ = self._conf(interest)
+        conf = self._conf(interest)
         conf["client.id"] += suffix
         consumer = make_consumer(conf | logged(lambda _error: None), broker=self._broker)
         try:
