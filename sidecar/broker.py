@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
+from sidecar.errors import NotSupported
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
 
@@ -34,6 +36,10 @@ class Capabilities(msgspec.Struct, frozen=True):
     deals: bool
     """Deals the events of a subscription out to sidecars one by one, as each has room; else each
     sidecar has partitions to itself."""
+    browses: bool = False
+    """What is stored can be read without a subscription: `logs`, `read`."""
+    deletes: bool = False
+    """What is stored can be deleted, one by one: `delete`."""
 
 
 class BrokerState(msgspec.Struct, frozen=True):
@@ -57,6 +63,50 @@ class Start(msgspec.Struct, frozen=True):
     position: Position | None = None
 
 
+class Failures(msgspec.Struct, frozen=True, gc=False):
+    """What is recorded of an event whose deliveries failed, for whoever gets it next."""
+
+    attempts: int = 0
+    """Deliveries that failed, or that a crash of the app interrupted."""
+    crashes: int = 0
+    """Those of them in which the app crashed; at most MAX_CRASHES are told apart."""
+    first_ns: int = 0
+    """When the first of them failed, ns since 1970; 0: unknown. Kept to the second at least."""
+
+
+NO_FAILURES = Failures()
+MAX_CRASHES = 15
+
+
+class Log(msgspec.Struct, frozen=True):
+    """One sequence of stored events, as it was when it was asked for: a stream, or a partition."""
+
+    topic: str
+    """The topic of a partition; of a stream, the pattern that was asked for."""
+    partition: int | None
+    """None: it is a stream."""
+    stream: str
+    """Empty: it is a partition."""
+    first: int
+    """The lowest sequence or offset that may be there."""
+    end: int
+    """Above the highest one. What is stored later is at this or above."""
+    incarnation: str = ""
+    """Another one means other events, as of a topic that was deleted and made anew."""
+
+
+class StoredEvent(msgspec.Struct, frozen=True, gc=False):
+    """One event of a log, as `Broker.read` gives it."""
+
+    topic: str
+    number: int
+    """Its sequence or offset in its log."""
+    stored_ns: int
+    """When the broker stored it, ns since 1970."""
+    event: Event | None
+    """None: the bytes are not an event."""
+
+
 class Interest(msgspec.Struct, frozen=True):
     """What a driver needs to know of a subscription."""
 
@@ -67,6 +117,10 @@ class Interest(msgspec.Struct, frozen=True):
     max_in_flight: int
     """Events that the sidecar holds at most: never prefetch more."""
     start: Start = Start()
+    max_in_flight_bytes: int = 32 * 1024 * 1024
+    """The same in bytes, but for one event; a driver's own prefetch is no more either."""
+    ordered: bool = False
+    """The events of one key are to be handed out in order, over all sidecars that share it."""
 
 
 class Incoming(msgspec.Struct, frozen=True):
@@ -80,8 +134,8 @@ class Incoming(msgspec.Struct, frozen=True):
     event: Event | None
     """None: the bytes are not an event, see *problem*."""
     position: Position | None = None
-    attempts: int = 0
-    """Deliveries that failed so far, here or in another sidecar, as `Source.failed` recorded."""
+    failures: Failures = NO_FAILURES
+    """Of its deliveries so far, here or in another sidecar, as `Source.failed` recorded."""
     problem: str = ""
     raw: bytes = b""
     """The bytes as they came, when they are not an event."""
@@ -110,9 +164,9 @@ class Source(ABC):
         """These events are done; the broker need not keep them for this subscription."""
 
     @abstractmethod
-    def failed(self, handle: Hashable, attempts: int) -> asyncio.Future[None] | None:
+    def failed(self, handle: Hashable, failures: Failures) -> asyncio.Future[None] | None:
         """
-        A delivery of this event failed; *attempts* have so far. It will be handed out again.
+        A delivery of this event failed; with it, these have so far. It will be handed out again.
 
         Recorded where another sidecar that gets the event sees it, if the broker can; never for
         what was only fetched. The future is done when it is recorded, or cannot be any more: the
@@ -245,6 +299,35 @@ class Broker(ABC):
         Raises BrokerUnavailable, NotSupported, BrokerRefused.
         """
         raise NotImplementedError
+
+    # -- what is stored, without a subscription (capability `browses`)
+
+    async def logs(self, pattern: str) -> Sequence[Log]:
+        """
+        The logs that may hold events on topics of *pattern*; empty when there are none.
+
+        Raises BrokerUnavailable, NotSupported, BrokerRefused.
+        """
+        raise NotSupported(f"broker {self.name!r} keeps no events to look at", broker=self.name)
+
+    async def read(self, log: Log, start: int, limit: int) -> Sequence[StoredEvent]:
+        """
+        Events of *log* from number *start* on, ascending, up to *limit* and below `log.end`.
+
+        None: there are no more. Fewer than *limit* says nothing: an answer is bounded in bytes too
+        (some 8 MiB, but for one event), so ask on above the last one. Of a stream, only what is on
+        the log's topics.
+        Raises BrokerUnavailable, BrokerRefused.
+        """
+        raise NotSupported(f"broker {self.name!r} keeps no events to look at", broker=self.name)
+
+    async def delete(self, log: Log, numbers: Sequence[int]) -> None:
+        """
+        Delete these events of *log* (capability `deletes`); one that is not there is no error.
+
+        Raises BrokerUnavailable, NotSupported, BrokerRefused.
+        """
+        raise NotSupported(f"broker {self.name!r} deletes no single events", broker=self.name)
 
     @abstractmethod
     async def close(self) -> None:

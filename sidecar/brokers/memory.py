@@ -7,7 +7,17 @@ import heapq
 from collections import OrderedDict
 from typing import TYPE_CHECKING, ClassVar
 
-from sidecar.broker import Broker, BrokerState, Capabilities, Incoming, Interest, Source, Start
+from sidecar.broker import (
+    NO_FAILURES,
+    Broker,
+    BrokerState,
+    Capabilities,
+    Failures,
+    Incoming,
+    Interest,
+    Source,
+    Start,
+)
 from sidecar.errors import NotSupported, SourceLost, SubscriptionConflict
 from sidecar.event import Durability, Event, Outcome, Position, Receipt, pattern_matcher
 from sidecar.wire.timestamps import now_ns
@@ -138,7 +148,7 @@ class _Group:
         self._log = log
         self._cursor = _first_sequence(log, interest.start)
         self._again: list[int] = []
-        self._attempts: dict[Hashable, int] = {}
+        self._failures: dict[Hashable, Failures] = {}
         self.sources: list[MemorySource] = []
 
     def take(self, limit: int) -> list[Incoming]:
@@ -162,14 +172,14 @@ class _Group:
             identity=sequence,
             event=event,
             position=Position(STREAM, sequence),
-            attempts=self._attempts.get(sequence, 0),
+            failures=self._failures.get(sequence, NO_FAILURES),
         )
 
     def done(self, sequence: Hashable) -> None:
-        self._attempts.pop(sequence, None)
+        self._failures.pop(sequence, None)
 
-    def failed(self, sequence: Hashable, attempts: int) -> None:
-        self._attempts[sequence] = attempts
+    def failed(self, sequence: Hashable, failures: Failures) -> None:
+        self._failures[sequence] = failures
 
     def give_back(self, sequences: Sequence[Hashable]) -> None:
         for sequence in sequences:
@@ -237,9 +247,9 @@ class MemorySource(Source):
                 self._out.discard(handle)
                 self._group.done(handle)
 
-    def failed(self, handle: Hashable, attempts: int) -> None:
+    def failed(self, handle: Hashable, failures: Failures) -> None:
         if handle in self._out:
-            self._group.failed(handle, attempts)
+            self._group.failed(handle, failures)
 
     def release(self, handles: Sequence[Hashable]) -> None:
         back = [handle for handle in handles if handle in self._out]

@@ -9,7 +9,7 @@ import random
 import secrets
 from typing import TYPE_CHECKING
 
-from sidecar.broker import Broker, Incoming, Interest, Source, Start
+from sidecar.broker import Broker, Failures, Incoming, Interest, Source, Start
 from sidecar.delivery.consumers import Consumer, Delivery, PullConsumer
 from sidecar.delivery.deadletters import PREFIX
 from sidecar.delivery.retry import delay_before, used_up
@@ -84,10 +84,17 @@ class Subscription:
         self.broker = broker
         self.declared = declared
         self.paused = False
-        self.interest = Interest(settings.name, settings.topic, settings.max_in_flight, start)
+        self.interest = Interest(
+            settings.name,
+            settings.topic,
+            settings.max_in_flight,
+            start,
+            max_in_flight_bytes=settings.max_in_flight_bytes,
+            ordered=settings.ordering == "key",
+        )
         self.token_prefix = f"{settings.name}.{secrets.token_hex(4)}."
         self.window = Window(
-            ordered=settings.ordering == "key",
+            ordered=settings.ordering != "none",
             max_in_flight=settings.max_in_flight,
             token_prefix=self.token_prefix,
         )
@@ -516,6 +523,27 @@ class Subscription:
                 uncounted=settlement.uncounted,
             )
 
+    def hand_back(self, tokens: Sequence[str]) -> None:
+        """These did not reach the app: first in line again, and nothing is counted."""
+        held = [h for token in tokens if (h := self.window.find(token)) is not None]
+        for one in reversed(held):
+            self.window.back(one)
+        if held:
+            self._facts.settled(Settled(self.settings.name, "released", len(held)))
+        self._last_used = asyncio.get_running_loop().time()
+        self._wake.set()
+        self._dispatch_soon()
+
+    def crashed(self, tokens: Sequence[str], error: str) -> None:
+        """The app crashed with these in its hands: that counts, and too often is a dead letter."""
+        for token in tokens:
+            held = self.window.find(token)
+            if held is not None:
+                self._fail(held, "app_crash", error, 0.0)
+        self._last_used = asyncio.get_running_loop().time()
+        self._wake.set()
+        self._dispatch_soon()
+
     def _not_out(self, token: str) -> SidecarError:
         if not self.window.has_given(token):
             return bad_token(token)
@@ -552,7 +580,7 @@ class Subscription:
             held.first_failed = now_ns()
         recorded = None
         if not uncounted and self._source is not None:
-            recorded = self._source.failed(held.incoming.handle, held.attempt)
+            recorded = self._source.failed(held.incoming.handle, Failures(held.attempt))
         if not uncounted and used_up(held.attempt, policy):
             self._bury(held, reason, error)
             return

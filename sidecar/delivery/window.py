@@ -168,7 +168,7 @@ class Window:
             past = self._past.get(identity, NOTHING)
         event = incoming.event
         key = event.key if self._ordered and event is not None else ""
-        held = Held(incoming, key, max(incoming.attempts, past.attempts))
+        held = Held(incoming, key, max(incoming.failures.attempts, past.attempts))
         held.first_failed = past.first_failed
         self._held[id(held)] = held
         if identity is not None:

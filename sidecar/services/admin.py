@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 SERVICE = "sidecar.v1.Admin"
 _NS = 1_000_000_000
+_ORDERINGS = {
+    "key": pubsub_pb2.ORDERING_KEY,
+    "key_per_replica": pubsub_pb2.ORDERING_KEY_PER_REPLICA,
+    "none": pubsub_pb2.ORDERING_NONE,
+}
 
 
 @dataclass(slots=True)
@@ -165,9 +170,7 @@ async def _subscription(subscription: Subscription) -> pb.SubscriptionStatus:
         name=settings.name,
         topic=settings.topic,
         broker=subscription.broker.name,
-        ordering=pubsub_pb2.ORDERING_KEY
-        if settings.ordering == "key"
-        else pubsub_pb2.ORDERING_NONE,
+        ordering=_ORDERINGS[settings.ordering],
         state=state,
         detail=subscription.detail,
         consumers=len(subscription.consumers),

@@ -27,7 +27,7 @@ from sidecar.v1 import event_pb2 as sidecar_dot_v1_dot_event__pb2
 from sidecar.v1 import pubsub_pb2 as sidecar_dot_v1_dot_pubsub__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sidecar/v1/admin.proto\x12\nsidecar.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16sidecar/v1/event.proto\x1a\x17sidecar/v1/pubsub.proto\"\x12\n\x10GetStatusRequest\"\xa0\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03\x61pp\x18\x02 \x01(\t\x12.\n\nstarted_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x11\n\tnot_ready\x18\x05 \x03(\t\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12)\n\x07\x62rokers\x18\x07 \x03(\x0b\x32\x18.sidecar.v1.BrokerStatus\x12\'\n\x06routes\x18\x08 \x03(\x0b\x32\x17.sidecar.v1.RouteStatus\x12\x35\n\rsubscriptions\x18\t \x03(\x0b\x32\x1e.sidecar.v1.SubscriptionStatus\"\xa4\x01\n\x0c\x42rokerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x12\n\nreconnects\x18\x06 \x01(\r\x12\x16\n\x0epending_events\x18\x07 \x01(\r\"@\n\x0bRouteStatus\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x12\n\nevent_type\x18\x02 \x01(\t\x12\x0e\n\x06\x62roker\x18\x03 \x01(\t\"\xf2\x02\n\x12SubscriptionStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05topic\x18\x02 \x01(\t\x12\x0e\n\x06\x62roker\x18\x03 \x01(\t\x12&\n\x08ordering\x18\x04 \x01(\x0e\x32\x14.sidecar.v1.Ordering\x12,\n\x05state\x18\x05 \x01(\x0e\x32\x1d.sidecar.v1.SubscriptionState\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x11\n\tconsumers\x18\x07 \x01(\r\x12\x18\n\x10in_flight_events\x18\x08 \x01(\r\x12\x16\n\x0ewaiting_events\x18\t \x01(\r\x12\x1c\n\x14retry_waiting_events\x18\n \x01(\r\x12\x17\n\nlag_events\x18\x0b \x01(\x04H\x00\x88\x01\x01\x12\x10\n\x08\x64\x65\x63lared\x18\x0c \x01(\x08\x12,\n\npartitions\x18\r \x03(\x0b\x32\x18.sidecar.v1.PartitionLagB\r\n\x0b_lag_events\"D\n\x0cPartitionLag\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\x05\x12\x12\n\nlag_events\x18\x03 \x01(\x04\"0\n\x18PauseSubscriptionRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\"\x1b\n\x19PauseSubscriptionResponse\"1\n\x19ResumeSubscriptionRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\"\x1c\n\x1aResumeSubscriptionResponse\"V\n\x17SeekSubscriptionRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12%\n\x02to\x18\x02 \x01(\x0b\x32\x19.sidecar.v1.StartPosition\"\x1a\n\x18SeekSubscriptionResponse*\xb9\x01\n\x11SubscriptionState\x12\"\n\x1eSUBSCRIPTION_STATE_UNSPECIFIED\x10\x00\x12!\n\x1dSUBSCRIPTION_STATE_CONNECTING\x10\x01\x12\x1d\n\x19SUBSCRIPTION_STATE_ACTIVE\x10\x02\x12\x1d\n\x19SUBSCRIPTION_STATE_PAUSED\x10\x03\x12\x1f\n\x1bSUBSCRIPTION_STATE_DRAINING\x10\x04\x32\xf7\x02\n\x05\x41\x64min\x12H\n\tGetStatus\x12\x1c.sidecar.v1.GetStatusRequest\x1a\x1d.sidecar.v1.GetStatusResponse\x12`\n\x11PauseSubscription\x12$.sidecar.v1.PauseSubscriptionRequest\x1a%.sidecar.v1.PauseSubscriptionResponse\x12\x63\n\x12ResumeSubscription\x12%.sidecar.v1.ResumeSubscriptionRequest\x1a&.sidecar.v1.ResumeSubscriptionResponse\x12]\n\x10SeekSubscription\x12#.sidecar.v1.SeekSubscriptionRequest\x1a$.sidecar.v1.SeekSubscriptionResponseB\'\n\rio.sidecar.v1P\x01Z\x14sidecar/v1;sidecarv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sidecar/v1/admin.proto\x12\nsidecar.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16sidecar/v1/event.proto\x1a\x17sidecar/v1/pubsub.proto\"\x12\n\x10GetStatusRequest\"\xa0\x02\n\x11GetStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03\x61pp\x18\x02 \x01(\t\x12.\n\nstarted_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05ready\x18\x04 \x01(\x08\x12\x11\n\tnot_ready\x18\x05 \x03(\t\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12)\n\x07\x62rokers\x18\x07 \x03(\x0b\x32\x18.sidecar.v1.BrokerStatus\x12\'\n\x06routes\x18\x08 \x03(\x0b\x32\x17.sidecar.v1.RouteStatus\x12\x35\n\rsubscriptions\x18\t \x03(\x0b\x32\x1e.sidecar.v1.SubscriptionStatus\"\xa4\x01\n\x0c\x42rokerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\x12\x12\n\nreconnects\x18\x06 \x01(\r\x12\x16\n\x0epending_events\x18\x07 \x01(\r\"@\n\x0bRouteStatus\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x12\n\nevent_type\x18\x02 \x01(\t\x12\x0e\n\x06\x62roker\x18\x03 \x01(\t\"\xd4\x03\n\x12SubscriptionStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05topic\x18\x02 \x01(\t\x12\x0e\n\x06\x62roker\x18\x03 \x01(\t\x12&\n\x08ordering\x18\x04 \x01(\x0e\x32\x14.sidecar.v1.Ordering\x12,\n\x05state\x18\x05 \x01(\x0e\x32\x1d.sidecar.v1.SubscriptionState\x12\x0e\n\x06\x64\x65tail\x18\x06 \x01(\t\x12\x11\n\tconsumers\x18\x07 \x01(\r\x12\x18\n\x10in_flight_events\x18\x08 \x01(\r\x12\x16\n\x0ewaiting_events\x18\t \x01(\r\x12\x1c\n\x14retry_waiting_events\x18\n \x01(\r\x12\x17\n\nlag_events\x18\x0b \x01(\x04H\x00\x88\x01\x01\x12\x10\n\x08\x64\x65\x63lared\x18\x0c \x01(\x08\x12,\n\npartitions\x18\r \x03(\x0b\x32\x18.sidecar.v1.PartitionLag\x12\x12\n\nheld_bytes\x18\x0e \x01(\x04\x12\x15\n\rreestablished\x18\x0f \x01(\r\x12$\n\x04push\x18\x10 \x01(\x0b\x32\x16.sidecar.v1.PushStatus\x12\x0f\n\x07standby\x18\x11 \x01(\x08\x42\r\n\x0b_lag_events\"{\n\nPushStatus\x12\x0b\n\x03url\x18\x01 \x01(\t\x12)\n\x07\x63ircuit\x18\x02 \x01(\x0e\x32\x18.sidecar.v1.CircuitState\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x13\n\x0b\x63oncurrency\x18\x04 \x01(\r\x12\x10\n\x08requests\x18\x05 \x01(\r\"D\n\x0cPartitionLag\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\x05\x12\x12\n\nlag_events\x18\x03 \x01(\x04\"0\n\x18PauseSubscriptionRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\"\x1b\n\x19PauseSubscriptionResponse\"1\n\x19ResumeSubscriptionRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\"\x1c\n\x1aResumeSubscriptionResponse\"V\n\x17SeekSubscriptionRequest\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12%\n\x02to\x18\x02 \x01(\x0b\x32\x19.sidecar.v1.StartPosition\"\x1a\n\x18SeekSubscriptionResponse*\xb9\x01\n\x11SubscriptionState\x12\"\n\x1eSUBSCRIPTION_STATE_UNSPECIFIED\x10\x00\x12!\n\x1dSUBSCRIPTION_STATE_CONNECTING\x10\x01\x12\x1d\n\x19SUBSCRIPTION_STATE_ACTIVE\x10\x02\x12\x1d\n\x19SUBSCRIPTION_STATE_PAUSED\x10\x03\x12\x1f\n\x1bSUBSCRIPTION_STATE_DRAINING\x10\x04*|\n\x0c\x43ircuitState\x12\x1d\n\x19\x43IRCUIT_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43IRCUIT_STATE_CLOSED\x10\x01\x12\x16\n\x12\x43IRCUIT_STATE_OPEN\x10\x02\x12\x1b\n\x17\x43IRCUIT_STATE_HALF_OPEN\x10\x03\x32\xf7\x02\n\x05\x41\x64min\x12H\n\tGetStatus\x12\x1c.sidecar.v1.GetStatusRequest\x1a\x1d.sidecar.v1.GetStatusResponse\x12`\n\x11PauseSubscription\x12$.sidecar.v1.PauseSubscriptionRequest\x1a%.sidecar.v1.PauseSubscriptionResponse\x12\x63\n\x12ResumeSubscription\x12%.sidecar.v1.ResumeSubscriptionRequest\x1a&.sidecar.v1.ResumeSubscriptionResponse\x12]\n\x10SeekSubscription\x12#.sidecar.v1.SeekSubscriptionRequest\x1a$.sidecar.v1.SeekSubscriptionResponseB\'\n\rio.sidecar.v1P\x01Z\x14sidecar/v1;sidecarv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,10 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sidecar.v1.admin_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\rio.sidecar.v1P\001Z\024sidecar/v1;sidecarv1'
-  _globals['_SUBSCRIPTIONSTATE']._serialized_start=1384
-  _globals['_SUBSCRIPTIONSTATE']._serialized_end=1569
+  _globals['_SUBSCRIPTIONSTATE']._serialized_start=1607
+  _globals['_SUBSCRIPTIONSTATE']._serialized_end=1792
+  _globals['_CIRCUITSTATE']._serialized_start=1794
+  _globals['_CIRCUITSTATE']._serialized_end=1918
   _globals['_GETSTATUSREQUEST']._serialized_start=120
   _globals['_GETSTATUSREQUEST']._serialized_end=138
   _globals['_GETSTATUSRESPONSE']._serialized_start=141
@@ -46,21 +48,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROUTESTATUS']._serialized_start=598
   _globals['_ROUTESTATUS']._serialized_end=662
   _globals['_SUBSCRIPTIONSTATUS']._serialized_start=665
-  _globals['_SUBSCRIPTIONSTATUS']._serialized_end=1035
-  _globals['_PARTITIONLAG']._serialized_start=1037
-  _globals['_PARTITIONLAG']._serialized_end=1105
-  _globals['_PAUSESUBSCRIPTIONREQUEST']._serialized_start=1107
-  _globals['_PAUSESUBSCRIPTIONREQUEST']._serialized_end=1155
-  _globals['_PAUSESUBSCRIPTIONRESPONSE']._serialized_start=1157
-  _globals['_PAUSESUBSCRIPTIONRESPONSE']._serialized_end=1184
-  _globals['_RESUMESUBSCRIPTIONREQUEST']._serialized_start=1186
-  _globals['_RESUMESUBSCRIPTIONREQUEST']._serialized_end=1235
-  _globals['_RESUMESUBSCRIPTIONRESPONSE']._serialized_start=1237
-  _globals['_RESUMESUBSCRIPTIONRESPONSE']._serialized_end=1265
-  _globals['_SEEKSUBSCRIPTIONREQUEST']._serialized_start=1267
-  _globals['_SEEKSUBSCRIPTIONREQUEST']._serialized_end=1353
-  _globals['_SEEKSUBSCRIPTIONRESPONSE']._serialized_start=1355
-  _globals['_SEEKSUBSCRIPTIONRESPONSE']._serialized_end=1381
-  _globals['_ADMIN']._serialized_start=1572
-  _globals['_ADMIN']._serialized_end=1947
+  _globals['_SUBSCRIPTIONSTATUS']._serialized_end=1133
+  _globals['_PUSHSTATUS']._serialized_start=1135
+  _globals['_PUSHSTATUS']._serialized_end=1258
+  _globals['_PARTITIONLAG']._serialized_start=1260
+  _globals['_PARTITIONLAG']._serialized_end=1328
+  _globals['_PAUSESUBSCRIPTIONREQUEST']._serialized_start=1330
+  _globals['_PAUSESUBSCRIPTIONREQUEST']._serialized_end=1378
+  _globals['_PAUSESUBSCRIPTIONRESPONSE']._serialized_start=1380
+  _globals['_PAUSESUBSCRIPTIONRESPONSE']._serialized_end=1407
+  _globals['_RESUMESUBSCRIPTIONREQUEST']._serialized_start=1409
+  _globals['_RESUMESUBSCRIPTIONREQUEST']._serialized_end=1458
+  _globals['_RESUMESUBSCRIPTIONRESPONSE']._serialized_start=1460
+  _globals['_RESUMESUBSCRIPTIONRESPONSE']._serialized_end=1488
+  _globals['_SEEKSUBSCRIPTIONREQUEST']._serialized_start=1490
+  _globals['_SEEKSUBSCRIPTIONREQUEST']._serialized_end=1576
+  _globals['_SEEKSUBSCRIPTIONRESPONSE']._serialized_start=1578
+  _globals['_SEEKSUBSCRIPTIONRESPONSE']._serialized_end=1604
+  _globals['_ADMIN']._serialized_start=1921
+  _globals['_ADMIN']._serialized_end=2296
 # @@protoc_insertion_point(module_scope)

@@ -19,11 +19,22 @@ class SubscriptionState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SUBSCRIPTION_STATE_ACTIVE: _ClassVar[SubscriptionState]
     SUBSCRIPTION_STATE_PAUSED: _ClassVar[SubscriptionState]
     SUBSCRIPTION_STATE_DRAINING: _ClassVar[SubscriptionState]
+
+class CircuitState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CIRCUIT_STATE_UNSPECIFIED: _ClassVar[CircuitState]
+    CIRCUIT_STATE_CLOSED: _ClassVar[CircuitState]
+    CIRCUIT_STATE_OPEN: _ClassVar[CircuitState]
+    CIRCUIT_STATE_HALF_OPEN: _ClassVar[CircuitState]
 SUBSCRIPTION_STATE_UNSPECIFIED: SubscriptionState
 SUBSCRIPTION_STATE_CONNECTING: SubscriptionState
 SUBSCRIPTION_STATE_ACTIVE: SubscriptionState
 SUBSCRIPTION_STATE_PAUSED: SubscriptionState
 SUBSCRIPTION_STATE_DRAINING: SubscriptionState
+CIRCUIT_STATE_UNSPECIFIED: CircuitState
+CIRCUIT_STATE_CLOSED: CircuitState
+CIRCUIT_STATE_OPEN: CircuitState
+CIRCUIT_STATE_HALF_OPEN: CircuitState
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()
@@ -80,7 +91,7 @@ class RouteStatus(_message.Message):
     def __init__(self, topic: _Optional[str] = ..., event_type: _Optional[str] = ..., broker: _Optional[str] = ...) -> None: ...
 
 class SubscriptionStatus(_message.Message):
-    __slots__ = ("name", "topic", "broker", "ordering", "state", "detail", "consumers", "in_flight_events", "waiting_events", "retry_waiting_events", "lag_events", "declared", "partitions")
+    __slots__ = ("name", "topic", "broker", "ordering", "state", "detail", "consumers", "in_flight_events", "waiting_events", "retry_waiting_events", "lag_events", "declared", "partitions", "held_bytes", "reestablished", "push", "standby")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     BROKER_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +105,10 @@ class SubscriptionStatus(_message.Message):
     LAG_EVENTS_FIELD_NUMBER: _ClassVar[int]
     DECLARED_FIELD_NUMBER: _ClassVar[int]
     PARTITIONS_FIELD_NUMBER: _ClassVar[int]
+    HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REESTABLISHED_FIELD_NUMBER: _ClassVar[int]
+    PUSH_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
     name: str
     topic: str
     broker: str
@@ -107,7 +122,25 @@ class SubscriptionStatus(_message.Message):
     lag_events: int
     declared: bool
     partitions: _containers.RepeatedCompositeFieldContainer[PartitionLag]
-    def __init__(self, name: _Optional[str] = ..., topic: _Optional[str] = ..., broker: _Optional[str] = ..., ordering: _Optional[_Union[_pubsub_pb2.Ordering, str]] = ..., state: _Optional[_Union[SubscriptionState, str]] = ..., detail: _Optional[str] = ..., consumers: _Optional[int] = ..., in_flight_events: _Optional[int] = ..., waiting_events: _Optional[int] = ..., retry_waiting_events: _Optional[int] = ..., lag_events: _Optional[int] = ..., declared: _Optional[bool] = ..., partitions: _Optional[_Iterable[_Union[PartitionLag, _Mapping]]] = ...) -> None: ...
+    held_bytes: int
+    reestablished: int
+    push: PushStatus
+    standby: bool
+    def __init__(self, name: _Optional[str] = ..., topic: _Optional[str] = ..., broker: _Optional[str] = ..., ordering: _Optional[_Union[_pubsub_pb2.Ordering, str]] = ..., state: _Optional[_Union[SubscriptionState, str]] = ..., detail: _Optional[str] = ..., consumers: _Optional[int] = ..., in_flight_events: _Optional[int] = ..., waiting_events: _Optional[int] = ..., retry_waiting_events: _Optional[int] = ..., lag_events: _Optional[int] = ..., declared: _Optional[bool] = ..., partitions: _Optional[_Iterable[_Union[PartitionLag, _Mapping]]] = ..., held_bytes: _Optional[int] = ..., reestablished: _Optional[int] = ..., push: _Optional[_Union[PushStatus, _Mapping]] = ..., standby: _Optional[bool] = ...) -> None: ...
+
+class PushStatus(_message.Message):
+    __slots__ = ("url", "circuit", "detail", "concurrency", "requests")
+    URL_FIELD_NUMBER: _ClassVar[int]
+    CIRCUIT_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENCY_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    url: str
+    circuit: CircuitState
+    detail: str
+    concurrency: int
+    requests: int
+    def __init__(self, url: _Optional[str] = ..., circuit: _Optional[_Union[CircuitState, str]] = ..., detail: _Optional[str] = ..., concurrency: _Optional[int] = ..., requests: _Optional[int] = ...) -> None: ...
 
 class PartitionLag(_message.Message):
     __slots__ = ("topic", "partition", "lag_events")

@@ -27,7 +27,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from sidecar.v1 import event_pb2 as sidecar_dot_v1_dot_event__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sidecar/v1/pubsub.proto\x12\nsidecar.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16sidecar/v1/event.proto\"o\n\x0ePublishRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12!\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x11.sidecar.v1.Event\x12+\n\x07options\x18\x03 \x01(\x0b\x32\x1a.sidecar.v1.PublishOptions\"\xeb\x01\n\x0ePublishOptions\x12.\n\x0emin_durability\x18\x01 \x01(\x0e\x32\x16.sidecar.v1.Durability\x12\x0e\n\x06\x61tomic\x18\x02 \x01(\x08\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\ndeliver_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12\x32\n\rdeliver_after\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x42\x07\n\x05later\"=\n\x0fPublishResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.sidecar.v1.PublishResult\"j\n\rPublishResult\x12&\n\x07receipt\x18\x01 \x01(\x0b\x32\x13.sidecar.v1.ReceiptH\x00\x12&\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.sidecar.v1.FailureH\x00\x42\t\n\x07outcome\"\x87\x01\n\x14PublishStreamRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05topic\x18\x02 \x01(\t\x12!\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x11.sidecar.v1.Event\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.sidecar.v1.PublishOptions\"{\n\x15PublishStreamResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12*\n\x07results\x18\x02 \x03(\x0b\x32\x19.sidecar.v1.PublishResult\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.sidecar.v1.Failure\"\xff\x01\n\x0bRetryPolicy\x12\x19\n\x0cmax_attempts\x18\x01 \x01(\rH\x00\x88\x01\x01\x12*\n\x07initial\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03max\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nmultiplier\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x06jitter\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12(\n\x05total\x18\x06 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0f\n\r_max_attemptsB\r\n\x0b_multiplierB\t\n\x07_jitter\"\xc6\x02\n\x10SubscriptionSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05topic\x18\x02 \x01(\t\x12\x0e\n\x06\x62roker\x18\x03 \x01(\t\x12&\n\x08ordering\x18\x04 \x01(\x0e\x32\x14.sidecar.v1.Ordering\x12\x15\n\rmax_in_flight\x18\x05 \x01(\r\x12(\n\x05lease\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x05retry\x18\x07 \x01(\x0b\x32\x17.sidecar.v1.RetryPolicy\x12\x19\n\x11\x64\x65\x61\x64_letter_topic\x18\x08 \x01(\t\x12\x1a\n\x12\x64\x65\x61\x64_letter_broker\x18\t \x01(\t\x12(\n\x05start\x18\n \x01(\x0b\x32\x19.sidecar.v1.StartPosition\x12\x13\n\x0b\x65vent_types\x18\x0b \x03(\t\"x\n\x10SubscribeRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x19.sidecar.v1.SubscribeOpen\x12+\n\x0bsettlements\x18\x02 \x03(\x0b\x32\x16.sidecar.v1.Settlement\x12\x0e\n\x06\x63redit\x18\x03 \x01(\r\"\x8b\x01\n\rSubscribeOpen\x12\x16\n\x0csubscription\x18\x01 \x01(\tH\x00\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1c.sidecar.v1.SubscriptionSpecH\x00\x12\x10\n\x08\x63onsumer\x18\x03 \x01(\t\x12\x18\n\x10max_batch_events\x18\x04 \x01(\rB\x08\n\x06target\"\xa2\x01\n\x11SubscribeResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x1b.sidecar.v1.SubscribeOpened\x12(\n\ndeliveries\x18\x02 \x03(\x0b\x32\x14.sidecar.v1.Delivery\x12\x36\n\x14rejected_settlements\x18\x03 \x03(\x0b\x32\x18.sidecar.v1.SettleResult\"\x86\x01\n\x0fSubscribeOpened\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x0e\n\x06\x62roker\x18\x02 \x01(\t\x12\r\n\x05topic\x18\x03 \x01(\t\x12(\n\x05lease\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmax_attempts\x18\x05 \x01(\r\"\x83\x01\n\x08\x44\x65livery\x12\r\n\x05token\x18\x01 \x01(\t\x12 \n\x05\x65vent\x18\x02 \x01(\x0b\x32\x11.sidecar.v1.Event\x12\r\n\x05topic\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12&\n\x08position\x18\x05 \x01(\x0b\x32\x14.sidecar.v1.Position\"\x8e\x01\n\nSettlement\x12\r\n\x05token\x18\x01 \x01(\t\x12$\n\x07verdict\x18\x02 \x01(\x0e\x32\x13.sidecar.v1.Verdict\x12(\n\x05\x64\x65lay\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x11\n\tuncounted\x18\x05 \x01(\x08\"C\n\x0cSettleResult\x12\r\n\x05token\x18\x01 \x01(\t\x12$\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.sidecar.v1.Failure\"\x9a\x01\n\x0bPullRequest\x12\x16\n\x0csubscription\x18\x01 \x01(\tH\x00\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1c.sidecar.v1.SubscriptionSpecH\x00\x12\x12\n\nmax_events\x18\x03 \x01(\r\x12\'\n\x04wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06target\"b\n\x0cPullResponse\x12(\n\ndeliveries\x18\x01 \x03(\x0b\x32\x14.sidecar.v1.Delivery\x12(\n\x05lease\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"<\n\rSettleRequest\x12+\n\x0bsettlements\x18\x01 \x03(\x0b\x32\x16.sidecar.v1.Settlement\";\n\x0eSettleResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.sidecar.v1.SettleResult*I\n\x08Ordering\x12\x18\n\x14ORDERING_UNSPECIFIED\x10\x00\x12\x10\n\x0cORDERING_KEY\x10\x01\x12\x11\n\rORDERING_NONE\x10\x02*m\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bVERDICT_ACK\x10\x01\x12\x10\n\x0cVERDICT_NACK\x10\x02\x12\x12\n\x0eVERDICT_REJECT\x10\x03\x12\x12\n\x0eVERDICT_EXTEND\x10\x04\x32\xf0\x02\n\x06PubSub\x12\x42\n\x07Publish\x12\x1a.sidecar.v1.PublishRequest\x1a\x1b.sidecar.v1.PublishResponse\x12X\n\rPublishStream\x12 .sidecar.v1.PublishStreamRequest\x1a!.sidecar.v1.PublishStreamResponse(\x01\x30\x01\x12L\n\tSubscribe\x12\x1c.sidecar.v1.SubscribeRequest\x1a\x1d.sidecar.v1.SubscribeResponse(\x01\x30\x01\x12\x39\n\x04Pull\x12\x17.sidecar.v1.PullRequest\x1a\x18.sidecar.v1.PullResponse\x12?\n\x06Settle\x12\x19.sidecar.v1.SettleRequest\x1a\x1a.sidecar.v1.SettleResponseB\'\n\rio.sidecar.v1P\x01Z\x14sidecar/v1;sidecarv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sidecar/v1/pubsub.proto\x12\nsidecar.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16sidecar/v1/event.proto\"o\n\x0ePublishRequest\x12\r\n\x05topic\x18\x01 \x01(\t\x12!\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x11.sidecar.v1.Event\x12+\n\x07options\x18\x03 \x01(\x0b\x32\x1a.sidecar.v1.PublishOptions\"\xeb\x01\n\x0ePublishOptions\x12.\n\x0emin_durability\x18\x01 \x01(\x0e\x32\x16.sidecar.v1.Durability\x12\x0e\n\x06\x61tomic\x18\x02 \x01(\x08\x12*\n\x07timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\ndeliver_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12\x32\n\rdeliver_after\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x42\x07\n\x05later\"=\n\x0fPublishResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.sidecar.v1.PublishResult\"j\n\rPublishResult\x12&\n\x07receipt\x18\x01 \x01(\x0b\x32\x13.sidecar.v1.ReceiptH\x00\x12&\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.sidecar.v1.FailureH\x00\x42\t\n\x07outcome\"\x87\x01\n\x14PublishStreamRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05topic\x18\x02 \x01(\t\x12!\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x11.sidecar.v1.Event\x12+\n\x07options\x18\x04 \x01(\x0b\x32\x1a.sidecar.v1.PublishOptions\"{\n\x15PublishStreamResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12*\n\x07results\x18\x02 \x03(\x0b\x32\x19.sidecar.v1.PublishResult\x12$\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x13.sidecar.v1.Failure\"n\n\tRetryRule\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\'\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32\x17.sidecar.v1.RetryAction\x12(\n\x05\x64\x65lay\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x90\x02\n\x06\x46ilter\x12,\n\x05\x65xact\x18\x01 \x01(\x0b\x32\x1b.sidecar.v1.AttributeValuesH\x00\x12-\n\x06prefix\x18\x02 \x01(\x0b\x32\x1b.sidecar.v1.AttributeValuesH\x00\x12-\n\x06suffix\x18\x03 \x01(\x0b\x32\x1b.sidecar.v1.AttributeValuesH\x00\x12%\n\x03\x61ll\x18\x04 \x01(\x0b\x32\x16.sidecar.v1.FilterListH\x00\x12%\n\x03\x61ny\x18\x05 \x01(\x0b\x32\x16.sidecar.v1.FilterListH\x00\x12!\n\x03not\x18\x06 \x01(\x0b\x32\x12.sidecar.v1.FilterH\x00\x42\t\n\x07\x64ialect\"\x85\x01\n\x0f\x41ttributeValues\x12?\n\nattributes\x18\x01 \x03(\x0b\x32+.sidecar.v1.AttributeValues.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"1\n\nFilterList\x12#\n\x07\x66ilters\x18\x01 \x03(\x0b\x32\x12.sidecar.v1.Filter\"\xcf\x02\n\x0bRetryPolicy\x12\x19\n\x0cmax_attempts\x18\x01 \x01(\rH\x00\x88\x01\x01\x12*\n\x07initial\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03max\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\nmultiplier\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x06jitter\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12(\n\x05total\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x0bmax_crashes\x18\x07 \x01(\rH\x03\x88\x01\x01\x12$\n\x05rules\x18\x08 \x03(\x0b\x32\x15.sidecar.v1.RetryRuleB\x0f\n\r_max_attemptsB\r\n\x0b_multiplierB\t\n\x07_jitterB\x0e\n\x0c_max_crashes\"\x90\x04\n\x10SubscriptionSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05topic\x18\x02 \x01(\t\x12\x0e\n\x06\x62roker\x18\x03 \x01(\t\x12&\n\x08ordering\x18\x04 \x01(\x0e\x32\x14.sidecar.v1.Ordering\x12\x15\n\rmax_in_flight\x18\x05 \x01(\r\x12(\n\x05lease\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x05retry\x18\x07 \x01(\x0b\x32\x17.sidecar.v1.RetryPolicy\x12\x19\n\x11\x64\x65\x61\x64_letter_topic\x18\x08 \x01(\t\x12\x1a\n\x12\x64\x65\x61\x64_letter_broker\x18\t \x01(\t\x12(\n\x05start\x18\n \x01(\x0b\x32\x19.sidecar.v1.StartPosition\x12\x13\n\x0b\x65vent_types\x18\x0b \x03(\t\x12\x1b\n\x13max_in_flight_bytes\x18\x0c \x01(\x04\x12#\n\x07\x66ilters\x18\r \x03(\x0b\x32\x12.sidecar.v1.Filter\x12$\n\x07\x65xpired\x18\x0e \x01(\x0e\x32\x13.sidecar.v1.Expired\x12\x33\n\x10\x64uplicate_window\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08watchdog\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\"x\n\x10SubscribeRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x19.sidecar.v1.SubscribeOpen\x12+\n\x0bsettlements\x18\x02 \x03(\x0b\x32\x16.sidecar.v1.Settlement\x12\x0e\n\x06\x63redit\x18\x03 \x01(\r\"\x8b\x01\n\rSubscribeOpen\x12\x16\n\x0csubscription\x18\x01 \x01(\tH\x00\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1c.sidecar.v1.SubscriptionSpecH\x00\x12\x10\n\x08\x63onsumer\x18\x03 \x01(\t\x12\x18\n\x10max_batch_events\x18\x04 \x01(\rB\x08\n\x06target\"\xa2\x01\n\x11SubscribeResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x1b.sidecar.v1.SubscribeOpened\x12(\n\ndeliveries\x18\x02 \x03(\x0b\x32\x14.sidecar.v1.Delivery\x12\x36\n\x14rejected_settlements\x18\x03 \x03(\x0b\x32\x18.sidecar.v1.SettleResult\"\x86\x01\n\x0fSubscribeOpened\x12\x14\n\x0csubscription\x18\x01 \x01(\t\x12\x0e\n\x06\x62roker\x18\x02 \x01(\t\x12\r\n\x05topic\x18\x03 \x01(\t\x12(\n\x05lease\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmax_attempts\x18\x05 \x01(\r\"\x83\x01\n\x08\x44\x65livery\x12\r\n\x05token\x18\x01 \x01(\t\x12 \n\x05\x65vent\x18\x02 \x01(\x0b\x32\x11.sidecar.v1.Event\x12\r\n\x05topic\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12&\n\x08position\x18\x05 \x01(\x0b\x32\x14.sidecar.v1.Position\"\x8e\x01\n\nSettlement\x12\r\n\x05token\x18\x01 \x01(\t\x12$\n\x07verdict\x18\x02 \x01(\x0e\x32\x13.sidecar.v1.Verdict\x12(\n\x05\x64\x65lay\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x11\n\tuncounted\x18\x05 \x01(\x08\"C\n\x0cSettleResult\x12\r\n\x05token\x18\x01 \x01(\t\x12$\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x13.sidecar.v1.Failure\"\x9a\x01\n\x0bPullRequest\x12\x16\n\x0csubscription\x18\x01 \x01(\tH\x00\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x1c.sidecar.v1.SubscriptionSpecH\x00\x12\x12\n\nmax_events\x18\x03 \x01(\r\x12\'\n\x04wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x08\n\x06target\"b\n\x0cPullResponse\x12(\n\ndeliveries\x18\x01 \x03(\x0b\x32\x14.sidecar.v1.Delivery\x12(\n\x05lease\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"<\n\rSettleRequest\x12+\n\x0bsettlements\x18\x01 \x03(\x0b\x32\x16.sidecar.v1.Settlement\";\n\x0eSettleResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.sidecar.v1.SettleResult*g\n\x08Ordering\x12\x18\n\x14ORDERING_UNSPECIFIED\x10\x00\x12\x10\n\x0cORDERING_KEY\x10\x01\x12\x11\n\rORDERING_NONE\x10\x02\x12\x1c\n\x18ORDERING_KEY_PER_REPLICA\x10\x03*~\n\x0bRetryAction\x12\x1c\n\x18RETRY_ACTION_UNSPECIFIED\x10\x00\x12\x16\n\x12RETRY_ACTION_RETRY\x10\x01\x12\x17\n\x13RETRY_ACTION_REJECT\x10\x02\x12 \n\x1cRETRY_ACTION_RETRY_UNCOUNTED\x10\x03*M\n\x07\x45xpired\x12\x17\n\x13\x45XPIRED_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45XPIRED_DEAD_LETTER\x10\x01\x12\x10\n\x0c\x45XPIRED_DROP\x10\x02*m\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bVERDICT_ACK\x10\x01\x12\x10\n\x0cVERDICT_NACK\x10\x02\x12\x12\n\x0eVERDICT_REJECT\x10\x03\x12\x12\n\x0eVERDICT_EXTEND\x10\x04\x32\xf0\x02\n\x06PubSub\x12\x42\n\x07Publish\x12\x1a.sidecar.v1.PublishRequest\x1a\x1b.sidecar.v1.PublishResponse\x12X\n\rPublishStream\x12 .sidecar.v1.PublishStreamRequest\x1a!.sidecar.v1.PublishStreamResponse(\x01\x30\x01\x12L\n\tSubscribe\x12\x1c.sidecar.v1.SubscribeRequest\x1a\x1d.sidecar.v1.SubscribeResponse(\x01\x30\x01\x12\x39\n\x04Pull\x12\x17.sidecar.v1.PullRequest\x1a\x18.sidecar.v1.PullResponse\x12?\n\x06Settle\x12\x19.sidecar.v1.SettleRequest\x1a\x1a.sidecar.v1.SettleResponseB\'\n\rio.sidecar.v1P\x01Z\x14sidecar/v1;sidecarv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,10 +35,16 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sidecar.v1.pubsub_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\rio.sidecar.v1P\001Z\024sidecar/v1;sidecarv1'
-  _globals['_ORDERING']._serialized_start=2794
-  _globals['_ORDERING']._serialized_end=2867
-  _globals['_VERDICT']._serialized_start=2869
-  _globals['_VERDICT']._serialized_end=2978
+  _globals['_ATTRIBUTEVALUES_ATTRIBUTESENTRY']._loaded_options = None
+  _globals['_ATTRIBUTEVALUES_ATTRIBUTESENTRY']._serialized_options = b'8\001'
+  _globals['_ORDERING']._serialized_start=3650
+  _globals['_ORDERING']._serialized_end=3753
+  _globals['_RETRYACTION']._serialized_start=3755
+  _globals['_RETRYACTION']._serialized_end=3881
+  _globals['_EXPIRED']._serialized_start=3883
+  _globals['_EXPIRED']._serialized_end=3960
+  _globals['_VERDICT']._serialized_start=3962
+  _globals['_VERDICT']._serialized_end=4071
   _globals['_PUBLISHREQUEST']._serialized_start=128
   _globals['_PUBLISHREQUEST']._serialized_end=239
   _globals['_PUBLISHOPTIONS']._serialized_start=242
@@ -51,32 +57,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUBLISHSTREAMREQUEST']._serialized_end=786
   _globals['_PUBLISHSTREAMRESPONSE']._serialized_start=788
   _globals['_PUBLISHSTREAMRESPONSE']._serialized_end=911
-  _globals['_RETRYPOLICY']._serialized_start=914
-  _globals['_RETRYPOLICY']._serialized_end=1169
-  _globals['_SUBSCRIPTIONSPEC']._serialized_start=1172
-  _globals['_SUBSCRIPTIONSPEC']._serialized_end=1498
-  _globals['_SUBSCRIBEREQUEST']._serialized_start=1500
-  _globals['_SUBSCRIBEREQUEST']._serialized_end=1620
-  _globals['_SUBSCRIBEOPEN']._serialized_start=1623
-  _globals['_SUBSCRIBEOPEN']._serialized_end=1762
-  _globals['_SUBSCRIBERESPONSE']._serialized_start=1765
-  _globals['_SUBSCRIBERESPONSE']._serialized_end=1927
-  _globals['_SUBSCRIBEOPENED']._serialized_start=1930
-  _globals['_SUBSCRIBEOPENED']._serialized_end=2064
-  _globals['_DELIVERY']._serialized_start=2067
-  _globals['_DELIVERY']._serialized_end=2198
-  _globals['_SETTLEMENT']._serialized_start=2201
-  _globals['_SETTLEMENT']._serialized_end=2343
-  _globals['_SETTLERESULT']._serialized_start=2345
-  _globals['_SETTLERESULT']._serialized_end=2412
-  _globals['_PULLREQUEST']._serialized_start=2415
-  _globals['_PULLREQUEST']._serialized_end=2569
-  _globals['_PULLRESPONSE']._serialized_start=2571
-  _globals['_PULLRESPONSE']._serialized_end=2669
-  _globals['_SETTLEREQUEST']._serialized_start=2671
-  _globals['_SETTLEREQUEST']._serialized_end=2731
-  _globals['_SETTLERESPONSE']._serialized_start=2733
-  _globals['_SETTLERESPONSE']._serialized_end=2792
-  _globals['_PUBSUB']._serialized_start=2981
-  _globals['_PUBSUB']._serialized_end=3349
+  _globals['_RETRYRULE']._serialized_start=913
+  _globals['_RETRYRULE']._serialized_end=1023
+  _globals['_FILTER']._serialized_start=1026
+  _globals['_FILTER']._serialized_end=1298
+  _globals['_ATTRIBUTEVALUES']._serialized_start=1301
+  _globals['_ATTRIBUTEVALUES']._serialized_end=1434
+  _globals['_ATTRIBUTEVALUES_ATTRIBUTESENTRY']._serialized_start=1385
+  _globals['_ATTRIBUTEVALUES_ATTRIBUTESENTRY']._serialized_end=1434
+  _globals['_FILTERLIST']._serialized_start=1436
+  _globals['_FILTERLIST']._serialized_end=1485
+  _globals['_RETRYPOLICY']._serialized_start=1488
+  _globals['_RETRYPOLICY']._serialized_end=1823
+  _globals['_SUBSCRIPTIONSPEC']._serialized_start=1826
+  _globals['_SUBSCRIPTIONSPEC']._serialized_end=2354
+  _globals['_SUBSCRIBEREQUEST']._serialized_start=2356
+  _globals['_SUBSCRIBEREQUEST']._serialized_end=2476
+  _globals['_SUBSCRIBEOPEN']._serialized_start=2479
+  _globals['_SUBSCRIBEOPEN']._serialized_end=2618
+  _globals['_SUBSCRIBERESPONSE']._serialized_start=2621
+  _globals['_SUBSCRIBERESPONSE']._serialized_end=2783
+  _globals['_SUBSCRIBEOPENED']._serialized_start=2786
+  _globals['_SUBSCRIBEOPENED']._serialized_end=2920
+  _globals['_DELIVERY']._serialized_start=2923
+  _globals['_DELIVERY']._serialized_end=3054
+  _globals['_SETTLEMENT']._serialized_start=3057
+  _globals['_SETTLEMENT']._serialized_end=3199
+  _globals['_SETTLERESULT']._serialized_start=3201
+  _globals['_SETTLERESULT']._serialized_end=3268
+  _globals['_PULLREQUEST']._serialized_start=3271
+  _globals['_PULLREQUEST']._serialized_end=3425
+  _globals['_PULLRESPONSE']._serialized_start=3427
+  _globals['_PULLRESPONSE']._serialized_end=3525
+  _globals['_SETTLEREQUEST']._serialized_start=3527
+  _globals['_SETTLEREQUEST']._serialized_end=3587
+  _globals['_SETTLERESPONSE']._serialized_start=3589
+  _globals['_SETTLERESPONSE']._serialized_end=3648
+  _globals['_PUBSUB']._serialized_start=4074
+  _globals['_PUBSUB']._serialized_end=4442
 # @@protoc_insertion_point(module_scope)

@@ -17,6 +17,20 @@ class Ordering(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ORDERING_UNSPECIFIED: _ClassVar[Ordering]
     ORDERING_KEY: _ClassVar[Ordering]
     ORDERING_NONE: _ClassVar[Ordering]
+    ORDERING_KEY_PER_REPLICA: _ClassVar[Ordering]
+
+class RetryAction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RETRY_ACTION_UNSPECIFIED: _ClassVar[RetryAction]
+    RETRY_ACTION_RETRY: _ClassVar[RetryAction]
+    RETRY_ACTION_REJECT: _ClassVar[RetryAction]
+    RETRY_ACTION_RETRY_UNCOUNTED: _ClassVar[RetryAction]
+
+class Expired(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EXPIRED_UNSPECIFIED: _ClassVar[Expired]
+    EXPIRED_DEAD_LETTER: _ClassVar[Expired]
+    EXPIRED_DROP: _ClassVar[Expired]
 
 class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -28,6 +42,14 @@ class Verdict(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 ORDERING_UNSPECIFIED: Ordering
 ORDERING_KEY: Ordering
 ORDERING_NONE: Ordering
+ORDERING_KEY_PER_REPLICA: Ordering
+RETRY_ACTION_UNSPECIFIED: RetryAction
+RETRY_ACTION_RETRY: RetryAction
+RETRY_ACTION_REJECT: RetryAction
+RETRY_ACTION_RETRY_UNCOUNTED: RetryAction
+EXPIRED_UNSPECIFIED: Expired
+EXPIRED_DEAD_LETTER: Expired
+EXPIRED_DROP: Expired
 VERDICT_UNSPECIFIED: Verdict
 VERDICT_ACK: Verdict
 VERDICT_NACK: Verdict
@@ -94,24 +116,72 @@ class PublishStreamResponse(_message.Message):
     failure: _event_pb2.Failure
     def __init__(self, sequence: _Optional[int] = ..., results: _Optional[_Iterable[_Union[PublishResult, _Mapping]]] = ..., failure: _Optional[_Union[_event_pb2.Failure, _Mapping]] = ...) -> None: ...
 
+class RetryRule(_message.Message):
+    __slots__ = ("reason", "action", "delay")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    DELAY_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    action: RetryAction
+    delay: _duration_pb2.Duration
+    def __init__(self, reason: _Optional[str] = ..., action: _Optional[_Union[RetryAction, str]] = ..., delay: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class Filter(_message.Message):
+    __slots__ = ("exact", "prefix", "suffix", "all", "any")
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    SUFFIX_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    ANY_FIELD_NUMBER: _ClassVar[int]
+    NOT_FIELD_NUMBER: _ClassVar[int]
+    exact: AttributeValues
+    prefix: AttributeValues
+    suffix: AttributeValues
+    all: FilterList
+    any: FilterList
+    def __init__(self, exact: _Optional[_Union[AttributeValues, _Mapping]] = ..., prefix: _Optional[_Union[AttributeValues, _Mapping]] = ..., suffix: _Optional[_Union[AttributeValues, _Mapping]] = ..., all: _Optional[_Union[FilterList, _Mapping]] = ..., any: _Optional[_Union[FilterList, _Mapping]] = ..., **kwargs) -> None: ...
+
+class AttributeValues(_message.Message):
+    __slots__ = ("attributes",)
+    class AttributesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    attributes: _containers.ScalarMap[str, str]
+    def __init__(self, attributes: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class FilterList(_message.Message):
+    __slots__ = ("filters",)
+    FILTERS_FIELD_NUMBER: _ClassVar[int]
+    filters: _containers.RepeatedCompositeFieldContainer[Filter]
+    def __init__(self, filters: _Optional[_Iterable[_Union[Filter, _Mapping]]] = ...) -> None: ...
+
 class RetryPolicy(_message.Message):
-    __slots__ = ("max_attempts", "initial", "max", "multiplier", "jitter", "total")
+    __slots__ = ("max_attempts", "initial", "max", "multiplier", "jitter", "total", "max_crashes", "rules")
     MAX_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     INITIAL_FIELD_NUMBER: _ClassVar[int]
     MAX_FIELD_NUMBER: _ClassVar[int]
     MULTIPLIER_FIELD_NUMBER: _ClassVar[int]
     JITTER_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
+    MAX_CRASHES_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
     max_attempts: int
     initial: _duration_pb2.Duration
     max: _duration_pb2.Duration
     multiplier: float
     jitter: float
     total: _duration_pb2.Duration
-    def __init__(self, max_attempts: _Optional[int] = ..., initial: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., multiplier: _Optional[float] = ..., jitter: _Optional[float] = ..., total: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    max_crashes: int
+    rules: _containers.RepeatedCompositeFieldContainer[RetryRule]
+    def __init__(self, max_attempts: _Optional[int] = ..., initial: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., multiplier: _Optional[float] = ..., jitter: _Optional[float] = ..., total: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_crashes: _Optional[int] = ..., rules: _Optional[_Iterable[_Union[RetryRule, _Mapping]]] = ...) -> None: ...
 
 class SubscriptionSpec(_message.Message):
-    __slots__ = ("name", "topic", "broker", "ordering", "max_in_flight", "lease", "retry", "dead_letter_topic", "dead_letter_broker", "start", "event_types")
+    __slots__ = ("name", "topic", "broker", "ordering", "max_in_flight", "lease", "retry", "dead_letter_topic", "dead_letter_broker", "start", "event_types", "max_in_flight_bytes", "filters", "expired", "duplicate_window", "watchdog")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     BROKER_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +193,11 @@ class SubscriptionSpec(_message.Message):
     DEAD_LETTER_BROKER_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     EVENT_TYPES_FIELD_NUMBER: _ClassVar[int]
+    MAX_IN_FLIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FILTERS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRED_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATE_WINDOW_FIELD_NUMBER: _ClassVar[int]
+    WATCHDOG_FIELD_NUMBER: _ClassVar[int]
     name: str
     topic: str
     broker: str
@@ -134,7 +209,12 @@ class SubscriptionSpec(_message.Message):
     dead_letter_broker: str
     start: _event_pb2.StartPosition
     event_types: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., topic: _Optional[str] = ..., broker: _Optional[str] = ..., ordering: _Optional[_Union[Ordering, str]] = ..., max_in_flight: _Optional[int] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., retry: _Optional[_Union[RetryPolicy, _Mapping]] = ..., dead_letter_topic: _Optional[str] = ..., dead_letter_broker: _Optional[str] = ..., start: _Optional[_Union[_event_pb2.StartPosition, _Mapping]] = ..., event_types: _Optional[_Iterable[str]] = ...) -> None: ...
+    max_in_flight_bytes: int
+    filters: _containers.RepeatedCompositeFieldContainer[Filter]
+    expired: Expired
+    duplicate_window: _duration_pb2.Duration
+    watchdog: _duration_pb2.Duration
+    def __init__(self, name: _Optional[str] = ..., topic: _Optional[str] = ..., broker: _Optional[str] = ..., ordering: _Optional[_Union[Ordering, str]] = ..., max_in_flight: _Optional[int] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., retry: _Optional[_Union[RetryPolicy, _Mapping]] = ..., dead_letter_topic: _Optional[str] = ..., dead_letter_broker: _Optional[str] = ..., start: _Optional[_Union[_event_pb2.StartPosition, _Mapping]] = ..., event_types: _Optional[_Iterable[str]] = ..., max_in_flight_bytes: _Optional[int] = ..., filters: _Optional[_Iterable[_Union[Filter, _Mapping]]] = ..., expired: _Optional[_Union[Expired, str]] = ..., duplicate_window: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., watchdog: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class SubscribeRequest(_message.Message):
     __slots__ = ("open", "settlements", "credit")

@@ -176,7 +176,8 @@ def seconds_of(
     | pubsub_pb2.PublishOptions
     | pubsub_pb2.PullRequest
     | pubsub_pb2.SubscriptionSpec
-    | pubsub_pb2.RetryPolicy,
+    | pubsub_pb2.RetryPolicy
+    | pubsub_pb2.RetryRule,
     field: str,
 ) -> float | None:
     """A Duration field in seconds, None when unset. Raises InvalidRequest when negative or huge."""
@@ -189,7 +190,9 @@ def seconds_of(
     return seconds
 
 
-_ORDERING = {0: "key", 1: "key", 2: "none"}
+_ORDERING = {0: "key", 1: "key", 2: "none", 3: "key_per_replica"}
+_EXPIRED = {0: "dead_letter", 1: "dead_letter", 2: "drop"}
+_ACTIONS = {1: "retry", 2: "reject", 3: "retry_uncounted"}
 
 
 def subscription_from(message: pubsub_pb2.SubscriptionSpec) -> dict[str, object]:
@@ -200,41 +203,65 @@ def subscription_from(message: pubsub_pb2.SubscriptionSpec) -> dict[str, object]
         "ordering": _ORDERING.get(message.ordering, ""),
         "event_types": list(message.event_types),
     }
-    if message.broker:
-        described["broker"] = message.broker
-    if message.max_in_flight:
-        described["max_in_flight"] = message.max_in_flight
-    lease = seconds_of(message, "lease")
-    if lease is not None:
-        described["lease_seconds"] = lease
+    for field in ("broker", "max_in_flight", "max_in_flight_bytes"):
+        if value := getattr(message, field):
+            described[field] = value
+    for field in ("lease", "duplicate_window", "watchdog"):
+        seconds = seconds_of(message, field)
+        if seconds is not None:
+            described[f"{field}_seconds"] = seconds
+    if message.filters:
+        described["filters"] = [_filter_from(one) for one in message.filters]
+    if message.expired:
+        described["expired"] = _EXPIRED.get(message.expired, "")
     if message.HasField("start"):
         described["start"] = _start_text(message.start)
     if message.HasField("retry"):
         described["retry"] = _retry_from(message.retry)
-    dead_letter = {
-        key: value
-        for key, value in (
-            ("topic", message.dead_letter_topic),
-            ("broker", message.dead_letter_broker),
-        )
-        if value
-    }
-    if dead_letter:
+    if dead_letter := _dead_letter_from(message):
         described["dead_letter"] = dead_letter
     return described
+
+
+def _dead_letter_from(message: pubsub_pb2.SubscriptionSpec) -> dict[str, str]:
+    places = (("topic", message.dead_letter_topic), ("broker", message.dead_letter_broker))
+    return {key: value for key, value in places if value}
 
 
 def _retry_from(message: pubsub_pb2.RetryPolicy) -> dict[str, object]:
     policy: dict[str, object] = {
         name: getattr(message, name)
-        for name in ("max_attempts", "multiplier", "jitter")
+        for name in ("max_attempts", "multiplier", "jitter", "max_crashes")
         if message.HasField(name)
     }
+    if message.rules:
+        policy["rules"] = [_rule_from(rule) for rule in message.rules]
     for name in ("initial", "max", "total"):
         seconds = seconds_of(message, name)
         if seconds is not None:
             policy[f"{name}_seconds"] = seconds
     return policy
+
+
+def _rule_from(message: pubsub_pb2.RetryRule) -> dict[str, object]:
+    rule: dict[str, object] = {
+        "reason": message.reason,
+        "action": _ACTIONS.get(message.action, ""),
+    }
+    delay = seconds_of(message, "delay")
+    return rule if delay is None else rule | {"delay_seconds": delay}
+
+
+def _filter_from(message: pubsub_pb2.Filter) -> dict[str, object]:
+    dialect = message.WhichOneof("dialect")
+    if dialect is None:
+        return {}
+    value = getattr(message, dialect)
+    if isinstance(value, pubsub_pb2.AttributeValues):
+        return {dialect: dict(value.attributes)}
+    if isinstance(value, pubsub_pb2.FilterList):
+        return {dialect: [_filter_from(one) for one in value.filters]}
+    return {dialect: _filter_from(value)}
 
 
 def _start_text(message: event_pb2.StartPosition) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import nats
 import pytest
 
-from sidecar.broker import Interest, Start
+from sidecar.broker import Failures, Interest, Start
 from sidecar.brokers.nats.jetstream import JetStreamBroker
 from sidecar.brokers.nats.source import StreamSource
 from sidecar.config import JetStream
@@ -535,7 +535,7 @@ async def test_what_nats_keeps_for_others_is_not_topics(nats_server: NatsServer)
         await publish(broker, "orders.created", events(range(3)))
         source = await broker.subscribe(interest(">"))
         taken = await take(source, 3)
-        source.failed(taken[0].handle, 1)
+        source.failed(taken[0].handle, Failures(1))
         await publish(broker, "orders.created", [event("3")])
         taken += await take(source, 1)
 

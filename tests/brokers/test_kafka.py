@@ -9,7 +9,7 @@ import confluent_kafka
 import pytest
 from confluent_kafka import KafkaError, TopicPartition
 
-from sidecar.broker import Start
+from sidecar.broker import Failures, Start
 from sidecar.brokers.kafka.source import KafkaSource
 from sidecar.errors import (
     BrokerRefused,
@@ -453,7 +453,7 @@ async def test_acks_out_of_order_and_attempts_survive_a_change_of_owner(
         taken = await take(source, 10)
         source.ack(handles(taken[1::2]))
         for attempts in (1, 2):
-            recorded = source.failed(taken[4].handle, attempts)
+            recorded = source.failed(taken[4].handle, Failures(attempts))
             assert recorded is not None
             async with asyncio.timeout(5):
                 await recorded
@@ -463,7 +463,7 @@ async def test_acks_out_of_order_and_attempts_survive_a_change_of_owner(
 
     assert stored.offset == 0
     assert stored.metadata.startswith("sc1:")
-    assert {i.event.id: i.attempts for i in again if i.event} == {
+    assert {i.event.id: i.failures.attempts for i in again if i.event} == {
         "0": 0,
         "2": 0,
         "4": 2,
@@ -496,7 +496,7 @@ async def test_fetching_stops_when_the_gap_grows_too_wide_and_goes_on_when_it_cl
         async with asyncio.timeout(3):
             await take_and_ack_every_second()
     stopped_at = len(taken)
-    recorded = [source.failed(incoming.handle, 1000) for incoming in left]
+    recorded = [source.failed(incoming.handle, Failures(1000)) for incoming in left]
     async with asyncio.timeout(5):
         await asyncio.gather(*filter(None, recorded))
     stored = await committed(cluster, wanted.name, topic)
@@ -669,7 +669,7 @@ async def test_nothing_old_is_committed_after_a_move(
                 batch = await source.fetch(5)
                 seen.extend(ids(batch))
                 for incoming in batch:
-                    source.failed(incoming.handle, 1)
+                    source.failed(incoming.handle, Failures(1))
                 source.ack(handles(batch))
                 await asyncio.sleep(0.001)
 
@@ -683,7 +683,7 @@ async def test_nothing_old_is_committed_after_a_move(
         again = await take(await broker.subscribe(wanted), 3000, ack=True)
 
     assert ids(again) == numbers(3000)
-    assert {i.attempts for i in again} == {0}
+    assert {i.failures.attempts for i in again} == {0}
 
 
 @BOTH_PROTOCOLS

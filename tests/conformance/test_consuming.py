@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sidecar.broker import Incoming, Start
+from sidecar.broker import Failures, Incoming, Start
 from sidecar.errors import SourceLost
 from sidecar.wire.timestamps import now_ns
 from tests.conformance.acting import (
@@ -52,7 +52,7 @@ async def test_what_is_not_acked_comes_again_after_the_source_is_closed(
     last = await take(source, 1)
 
     assert sorted(ids(second)) == sorted(ids(third)) == ["1", "3", "5", "7", "9"]
-    assert {i.attempts for taken in (first, second, third) for i in taken} == {0}
+    assert {i.failures.attempts for taken in (first, second, third) for i in taken} == {0}
     assert {i.identity for i in second} == {i.identity for i in first[1::2]}
     assert ids(last) == ["end"]
 
@@ -149,7 +149,7 @@ async def test_hold_keeps_the_claim_beyond_the_ack_wait(world: World, topic: str
     assert not got_while_held
     assert ids(held) == ["0", "1"]
     assert ids(after) == ["0"]
-    assert [i.attempts for i in after] == [0]
+    assert [i.failures.attempts for i in after] == [0]
 
 
 @pytest.mark.needs("redelivers")
@@ -160,14 +160,17 @@ async def test_failed_deliveries_are_known_to_another_sidecar(world: World, topi
     await publish(broker, topic, events(range(2)))
     source = await broker.subscribe(wanted)
     failing, untouched = await take(source, 2)
-    source.failed(failing.handle, 1)
-    source.failed(failing.handle, 2)
+    source.failed(failing.handle, Failures(1))
+    source.failed(failing.handle, Failures(2))
     source.release([failing.handle, untouched.handle])
     await source.close()
     elsewhere = await other.subscribe(wanted)
     again = await take(elsewhere, 2, ack=True)
 
-    assert {i.identity: i.attempts for i in again} == {failing.identity: 2, untouched.identity: 0}
+    assert {i.identity: i.failures.attempts for i in again} == {
+        failing.identity: 2,
+        untouched.identity: 0,
+    }
 
 
 # -- fetching

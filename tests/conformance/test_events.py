@@ -97,7 +97,7 @@ async def test_a_plain_message_is_the_same_event_each_time_it_comes(
     (again,) = await take(source, 1)
 
     assert again.event == first.event
-    assert (first.attempts, again.attempts) == (0, 0)
+    assert (first.failures.attempts, again.failures.attempts) == (0, 0)
 
 
 @pytest.mark.needs("foreign")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sidecar.broker import Start
+from sidecar.broker import Failures, Start
 from sidecar.errors import BrokerUnavailable, SidecarError
 from tests.conformance.acting import event, events, ids, interest, numbers, publish, take
 from tests.conformance.harness import CONNECT_SECONDS
@@ -159,7 +159,7 @@ async def test_closing_is_bounded_when_the_server_hangs(world: World, topic: str
             await source.fetch(10)
     await publish(broker, topic, events(range(10)))
     taken = await take(source, 3)
-    source.failed(taken[0].handle, 1)
+    source.failed(taken[0].handle, Failures(1))
     source.release([i.handle for i in taken])
     world.harness.pause()
     async with asyncio.timeout(2.5):

@@ -7,7 +7,7 @@ from collections import Counter
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from sidecar.broker import Broker, Incoming, Interest, Source, Start
+from sidecar.broker import Broker, Failures, Incoming, Interest, Source, Start
 from sidecar.brokers.memory import MemoryBroker
 from sidecar.config import Limits, Memory, Publishing, Route
 from sidecar.delivery.hub import Hub
@@ -99,8 +99,8 @@ class _GarblingSource(Source):
     def ack(self, handles: Sequence[Hashable]) -> None:
         self._inner.ack(handles)
 
-    def failed(self, handle: Hashable, attempts: int) -> asyncio.Future[None] | None:
-        return self._inner.failed(handle, attempts)
+    def failed(self, handle: Hashable, failures: Failures) -> asyncio.Future[None] | None:
+        return self._inner.failed(handle, failures)
 
     def release(self, handles: Sequence[Hashable]) -> None:
         self._inner.release(handles)
@@ -134,8 +134,8 @@ class PartingSource(_GarblingSource):
     async def fetch(self, limit: int) -> Sequence[Incoming]:
         return await self._inner.fetch(limit)
 
-    def failed(self, handle: Hashable, attempts: int) -> asyncio.Future[None] | None:
-        self._inner.failed(handle, attempts)
+    def failed(self, handle: Hashable, failures: Failures) -> asyncio.Future[None] | None:
+        self._inner.failed(handle, failures)
         return self.recorded
 
 

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from sidecar.broker import Incoming
+from sidecar.broker import Failures, Incoming
 from sidecar.delivery.recent import Recent
 from sidecar.delivery.window import HELD_FACTOR, REMEMBERED, Held, State, Window
 from sidecar.event import Event
@@ -25,7 +25,7 @@ def window(*, max_in_flight: int = 256, ordered: bool = True) -> Window:
 
 def incoming(sequence: int, key: str = "", *, attempts: int = 0) -> Incoming:
     event = Event(id=str(sequence), source="/shop", type="order.created", time_ns=1, key=key)
-    return Incoming("orders", sequence, sequence, event, attempts=attempts)
+    return Incoming("orders", sequence, sequence, event, failures=Failures(attempts))
 
 
 def garbage(sequence: int) -> Incoming:

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from sidecar.broker import Incoming
+from sidecar.broker import Failures, Incoming
 from sidecar.delivery.recent import Recent
 from sidecar.delivery.window import HELD_FACTOR, Held, State, Window
 from sidecar.event import Event
@@ -55,7 +55,7 @@ class Windows(RuleBasedStateMachine):
         delivered = self.delivered[sequence]
         event = Event(id=str(sequence), source="/s", type="t", time_ns=1, key=self.keys[sequence])
         attempts = self.counted.get(sequence, 0)
-        return Incoming("t", (sequence, delivered), sequence, event, attempts=attempts)
+        return Incoming("t", (sequence, delivered), sequence, event, failures=Failures(attempts))
 
     @precondition(lambda self: self.at_broker and self.window.room)
     @rule(count=st.integers(1, 8))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from confluent_kafka import KafkaError, TopicPartition
 
-from sidecar.broker import Incoming, Interest, Source
+from sidecar.broker import NO_FAILURES, Failures, Incoming, Interest, Source
 from sidecar.brokers.kafka.client import is_missing, translate
 from sidecar.errors import BrokerUnavailable, InvalidEvent, SidecarError, SourceLost
 from sidecar.event import Position, has_wildcard
@@ -199,7 +199,7 @@ class KafkaSource(Source):
             (topic, number, offset, partition.log),
             event,
             Position(partition=number, offset=offset),
-            attempts,
+            Failures(attempts) if attempts else NO_FAILURES,
             problem,
             b"" if event is not None else value or b"",
         )
@@ -219,11 +219,11 @@ class KafkaSource(Source):
                 self._arrived.set()
         self._commit_in(COMMIT_SECONDS)
 
-    def failed(self, handle: Hashable, attempts: int) -> asyncio.Future[None] | None:
+    def failed(self, handle: Hashable, failures: Failures) -> asyncio.Future[None] | None:
         assert type(handle) is Handle
         if handle.partition.gone:
             return None
-        handle.partition.positions.failed(handle.offset, attempts)
+        handle.partition.positions.failed(handle.offset, failures.attempts)
         recorded: asyncio.Future[None] = self._loop.create_future()
         self._recorded.append(recorded)
         self._commit_in(0.0)

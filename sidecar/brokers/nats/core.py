@@ -28,6 +28,7 @@ from sidecar.wire.cloudevents import Defaults
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
+    from sidecar.broker import Failures
     from sidecar.config import Nats as Settings
 
 
@@ -285,11 +286,11 @@ class NatsSource(Source):
         for handle in handles:
             self._held.pop(handle, None)
 
-    def failed(self, handle: Hashable, attempts: int) -> None:
+    def failed(self, handle: Hashable, failures: Failures) -> None:
         """Known in this process only; it is the only one that has the event."""
         incoming = self._held.get(handle)
         if incoming is not None:
-            self._held[handle] = msgspec.structs.replace(incoming, attempts=attempts)
+            self._held[handle] = msgspec.structs.replace(incoming, failures=failures)
 
     def release(self, handles: Sequence[Hashable]) -> None:
         """Back into our own buffer: there is no other place."""

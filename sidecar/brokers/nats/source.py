@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from sidecar.broker import Incoming, Interest, Source
+from sidecar.broker import NO_FAILURES, Failures, Incoming, Interest, Source
 from sidecar.errors import (
     BrokerRefused,
     BrokerUnavailable,
@@ -152,7 +152,7 @@ class StreamSource(Source):
             if count < limit:
                 self._ask(limit - count)
             incoming = [self._incoming(*frame) for frame in taken]
-            if not any(one.attempts for one in incoming):
+            if not any(one.failures.attempts for one in incoming):
                 return incoming
             try:
                 return await self._with_attempts(incoming)
@@ -186,11 +186,13 @@ class StreamSource(Source):
         fetched and given back unseen.
         """
         again = {
-            one.handle: self._key_of(_place_of(one.handle)) for one in incoming if one.attempts
+            one.handle: self._key_of(_place_of(one.handle))
+            for one in incoming
+            if one.failures.attempts
         }
         found = await self._attempts.look_up(list(again.values()))
         return [
-            msgspec.structs.replace(one, attempts=found[again[one.handle]])
+            msgspec.structs.replace(one, failures=Failures(found[again[one.handle]]))
             if one.handle in again
             else one
             for one in incoming
@@ -387,7 +389,7 @@ class StreamSource(Source):
             identity=(stream, sequence),
             event=event,
             position=Position(stream, sequence),
-            attempts=int(tokens[first + 2]) - 1,
+            failures=_delivered(int(tokens[first + 2]) - 1),
             problem=problem,
             raw=b"" if event is not None else data,
         )
@@ -397,7 +399,7 @@ class StreamSource(Source):
     def ack(self, handles: Sequence[Hashable]) -> None:
         self._answer(handles, _ACK)
 
-    def failed(self, handle: Hashable, attempts: int) -> asyncio.Future[None]:
+    def failed(self, handle: Hashable, failures: Failures) -> asyncio.Future[None]:
         key = self._key_of(_place_of(handle))
         recorded: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -405,7 +407,7 @@ class StreamSource(Source):
             if not recorded.done():
                 recorded.set_result(None)
 
-        self._attempts.record(key, attempts)
+        self._attempts.record(key, failures.attempts)
         self._attempts.when_stored(key, stored)
         return recorded
 
@@ -530,3 +532,8 @@ def _pending_messages(headers: bytes) -> int | None:
         if line.lower().startswith(b"nats-pending-messages:"):
             return int(line.partition(b":")[2])
     return None
+
+
+def _delivered(times: int) -> Failures:
+    """Delivered before, so it may have failed: to be looked up."""
+    return Failures(times) if times else NO_FAILURES
