@@ -345,7 +345,12 @@ class App:
     def _subscription_gauges(self) -> Sequence[SubscriptionGauges]:
         return [
             SubscriptionGauges(
-                s.settings.name, s.window.out, s.window.retrying, s.window.lanes, s.dropped
+                s.settings.name,
+                s.window.out,
+                s.window.retrying,
+                s.window.lanes,
+                s.window.bytes,
+                s.dropped,
             )
             for s in self.hub.all()
         ]

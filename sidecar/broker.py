@@ -205,6 +205,11 @@ class Source(ABC):
         return 1.0
 
     @property
+    def standby(self) -> bool:
+        """Another sidecar has all events for now; this one takes over when that one leaves."""
+        return False
+
+    @property
     def dropped(self) -> int:
         """Events lost since the source was opened; 0 for ever where the broker redelivers."""
         return 0
@@ -212,6 +217,14 @@ class Source(ABC):
     @abstractmethod
     async def lag(self) -> int | None:
         """Events at the broker that were not fetched by anyone, or None. Raises BrokerUnavailable."""
+
+    async def due(self) -> int | None:
+        """
+        Events that this source could fetch right now, or None where that is unknown.
+
+        The same as lag, but for what the broker has given to others. Raises BrokerUnavailable.
+        """
+        return await self.lag()
 
     async def lag_by_partition(self) -> Mapping[tuple[str, int], int]:
         """The same by topic and partition, where the broker has partitions. Raises BrokerUnavailable."""

@@ -23,7 +23,7 @@ DUPLICATE = Receipt("1", "work", "any", Durability.STORED, duplicate=True)
 
 
 def gauges(name: str) -> SubscriptionGauges:
-    return SubscriptionGauges(name, in_flight=1, retry_waiting=2, lanes=3, dropped=4)
+    return SubscriptionGauges(name, in_flight=1, retry_waiting=2, lanes=3, held_bytes=5, dropped=4)
 
 
 def metrics() -> Metrics:

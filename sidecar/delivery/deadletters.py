@@ -10,9 +10,13 @@ from sidecar.wire.timestamps import format_rfc3339, now_ns
 if TYPE_CHECKING:
     from sidecar.broker import Incoming
     from sidecar.config import Subscription as Settings
+    from sidecar.delivery.held import Held
     from sidecar.publishing.publisher import Publisher
 
 PREFIX = "sidecar-dead-letter-"
+REDRIVE_PREFIX = "sidecar-redrive-"
+OURS = (PREFIX, REDRIVE_PREFIX)
+"""How the headers begin that say something of a dead letter, and nothing of the event."""
 MAX_ERROR_LENGTH = 1000
 MAX_RAW_BYTES = 512 * 1024
 
@@ -36,15 +40,16 @@ class DeadLetters:
         self._broker = broker
         self._topic = topic
 
-    async def store(self, incoming: Incoming, *, reason: str, error: str, attempts: int) -> None:
+    async def store(self, held: Held, *, reason: str, error: str) -> None:
         """
         Store one dead letter. Raises the SidecarError of the try that failed.
 
         Storing the same one again, after a crash before its ack, gives no second copy: its broker
         id is made of the subscription and the position.
         """
+        incoming = held.incoming
         topic = self._topic.replace("{topic}", incoming.topic)
-        letter = self._letter(incoming, reason=reason, error=error, attempts=attempts)
+        letter = self._letter(held, reason=reason, error=error)
         broker_id = f"dead-letter/{self._settings.name}/{self._source_broker}/{_place(incoming)}"
         outcomes = await self._publisher.publish_to(
             self._broker, topic, [letter], broker_ids=[broker_id], label=self._topic
@@ -53,16 +58,20 @@ class DeadLetters:
         if not isinstance(outcome, Receipt):
             raise outcome
 
-    def _letter(self, incoming: Incoming, *, reason: str, error: str, attempts: int) -> Event:
+    def _letter(self, held: Held, *, reason: str, error: str) -> Event:
+        incoming = held.incoming
         event = incoming.event or _undecodable(incoming)
+        kept = {name: v for name, v in event.headers.items() if not name.startswith(OURS)}
         headers = {
-            **event.headers,
+            **kept,
             f"{PREFIX}reason": reason,
             f"{PREFIX}error": printable(error),
             f"{PREFIX}topic": incoming.topic,
             f"{PREFIX}broker": self._source_broker,
             f"{PREFIX}subscription": self._settings.name,
-            f"{PREFIX}attempts": str(attempts),
+            f"{PREFIX}attempts": str(held.attempt),
+            f"{PREFIX}generation": str(generation_of(event) + 1),
+            f"{PREFIX}first-failed": format_rfc3339(held.first_failed) if held.first_failed else "",
             f"{PREFIX}time": format_rfc3339(now_ns()),
         }
         position = incoming.position
@@ -87,6 +96,12 @@ class DeadLetters:
             extensions=event.extensions,
             headers={name: value for name, value in headers.items() if value},
         )
+
+
+def generation_of(event: Event) -> int:
+    """How often an event was a dead letter before it was redriven to here."""
+    text = event.headers.get(f"{REDRIVE_PREFIX}generation", "0")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0  # noqa: PLR2004
 
 
 def printable(text: str) -> str:

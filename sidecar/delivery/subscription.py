@@ -9,11 +9,17 @@ import random
 import secrets
 from typing import TYPE_CHECKING
 
-from sidecar.broker import Broker, Failures, Incoming, Interest, Source, Start
+from sidecar.broker import MAX_CRASHES, Broker, Failures, Incoming, Interest, Source, Start
+from sidecar.delivery.burials import Burials
 from sidecar.delivery.consumers import Consumer, Delivery, PullConsumer
 from sidecar.delivery.deadletters import PREFIX
-from sidecar.delivery.retry import delay_before, used_up
-from sidecar.delivery.window import Held, State, Window, handles
+from sidecar.delivery.duplicates import Duplicates
+from sidecar.delivery.filters import wanted
+from sidecar.delivery.held import Held, State, handles
+from sidecar.delivery.parting import WITH_THE_APP, Partings
+from sidecar.delivery.retry import Failure, GiveUp, RetryPolicy, used_up
+from sidecar.delivery.watchdog import Watchdog
+from sidecar.delivery.window import Window
 from sidecar.errors import (
     AlreadySettled,
     BadToken,
@@ -23,15 +29,16 @@ from sidecar.errors import (
     SidecarError,
     SourceLost,
 )
-from sidecar.event import Settlement, Verdict, pattern_matcher
-from sidecar.telemetry.facts import DeadLettered, Facts, Settled
-from sidecar.wire.timestamps import now_ns
+from sidecar.event import Settlement, Verdict
+from sidecar.telemetry.facts import Facts, Reestablished, Settled, Skipped
+from sidecar.wire.timestamps import now_ns, parse_rfc3339
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Mapping, Sequence
 
     from sidecar.config import Subscription as Settings
     from sidecar.delivery.deadletters import DeadLetters
+    from sidecar.event import Event
 
 log = logging.getLogger(__name__)
 
@@ -40,23 +47,8 @@ RETRY_SECONDS = (0.1, 5.0)
 AWAY_SECONDS = 0.5
 LOOK_SECONDS = 1.0
 """How often it is looked whether nobody consumes any more."""
-LOG_SECONDS = 10.0
-"""Dead letters are logged this often, with their number."""
-PARTING_SECONDS = 3.0
-"""So long a partition that is to be another sidecar's waits for the app to settle what it has."""
-WITH_THE_APP = frozenset({State.OUT, State.LEAVING})
-
-
-class Parting:
-    """Events that are to be another sidecar's, and that the app has."""
-
-    def __init__(self, staying: Sequence[Held], done: asyncio.Future[None]) -> None:
-        self.staying = staying
-        self.done = done
-
-    def over(self) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
+SUBSCRIBE_SECONDS = 60.0
+"""A broker that does not answer a new subscription for so long is asked again."""
 
 
 class Subscription:
@@ -97,14 +89,21 @@ class Subscription:
             ordered=settings.ordering != "none",
             max_in_flight=settings.max_in_flight,
             token_prefix=self.token_prefix,
+            max_bytes=settings.max_in_flight_bytes,
+            distinct=settings.duplicate_window_seconds > 0,
         )
         self.consumers: list[Consumer] = []
-        self._dead_letters = dead_letters
+        self.reestablished = 0
+        """How often the watchdog subscribed anew."""
         self._facts = facts
-        self._types = [pattern_matcher(pattern) for pattern in settings.event_types]
-        self._spread = random.Random()
+        self._wants = wanted(settings.event_types, settings.filters)
+        self._policy = RetryPolicy(settings.retry, random.Random())
+        self._duplicates = (
+            Duplicates(settings.duplicate_window_seconds)
+            if settings.duplicate_window_seconds
+            else None
+        )
         self._why_not = "not subscribed yet"
-        self._unstored = ""
         self._source: Source | None = None
         self._acks: list[Held] = []
         self._dispatch_due = False
@@ -112,13 +111,13 @@ class Subscription:
         self._timer_due = 0.0
         self._wake = asyncio.Event()
         self._next_consumer = 0
-        self._partings: list[Parting] = []
+        self._partings = Partings(self.window)
         self._tasks: asyncio.TaskGroup | None = None
-        self._storing = 0
-        self._unlogged = 0
-        self._last_logged = -LOG_SECONDS
         self._last_used = 0.0
+        self._arrivals = 0
+        self._asking = False
         self._stop = asyncio.Event()
+        self._burials = Burials(settings.name, dead_letters, facts=facts, stop=self._stop)
 
     @property
     def draining(self) -> bool:
@@ -127,7 +126,17 @@ class Subscription:
     @property
     def detail(self) -> str:
         """Why it is not subscribed, or what stands still; empty when all is well."""
-        return self._why_not or self._unstored
+        return self._why_not or self._burials.problem
+
+    @property
+    def subscribed(self) -> bool:
+        """At the broker, or not wanting to be as nobody consumes."""
+        return not self._why_not
+
+    @property
+    def standby(self) -> bool:
+        """Another sidecar has the events; this one takes over when that leaves."""
+        return self._source is not None and self._source.standby
 
     # -- life
 
@@ -141,7 +150,7 @@ class Subscription:
                     if known and not await self._somebody():
                         break
                     try:
-                        source = await self.broker.subscribe(self.interest)
+                        source = await self._subscribe()
                     except SidecarError as error:
                         self._not_subscribed(error)
                         await self._sleep(pause)
@@ -157,6 +166,17 @@ class Subscription:
         finally:
             if self._timer is not None:
                 self._timer.cancel()
+
+    async def _subscribe(self) -> Source:
+        try:
+            async with asyncio.timeout(SUBSCRIBE_SECONDS):
+                return await self.broker.subscribe(self.interest)
+        except TimeoutError:
+            raise BrokerUnavailable(
+                f"broker {self.broker.name!r} did not answer the subscription in "
+                f"{SUBSCRIBE_SECONDS:g} s",
+                broker=self.broker.name,
+            ) from None
 
     def _not_subscribed(self, error: SidecarError) -> None:
         if self._why_not != error.message:
@@ -216,11 +236,15 @@ class Subscription:
             async with asyncio.TaskGroup() as tasks:
                 feed = tasks.create_task(self._feed(source))
                 quiet = tasks.create_task(self._quiet(source.rest_seconds))
-                await asyncio.wait([feed, quiet], return_when=asyncio.FIRST_COMPLETED)
-                feed.cancel()
-                quiet.cancel()
+                stuck = tasks.create_task(self._stuck(source))
+                await asyncio.wait([feed, quiet, stuck], return_when=asyncio.FIRST_COMPLETED)
+                is_stuck = stuck.done()
+                for task in (feed, quiet, stuck):
+                    task.cancel()
             if feed.done() and not feed.cancelled():
                 return feed.result()
+            if is_stuck:
+                return None
             if await self._may_rest():
                 return None
 
@@ -234,35 +258,46 @@ class Subscription:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
+            self._asking = True
             try:
                 batch = await source.fetch(room)
             except SidecarError as error:
                 return error
+            finally:
+                self._asking = False
+            self._arrivals += len(batch)
             self._arrived(source, batch)
 
     def _arrived(self, source: Source, batch: Sequence[Incoming]) -> None:
         unwanted = []
+        filtered = 0
         for incoming in batch:
-            if self._is_unwanted(incoming):
+            event, identity = incoming.event, incoming.identity
+            if identity is not None and self.window.was_acked(identity):
                 unwanted.append(incoming.handle)
                 continue
+            if event is not None and self._is_not_for_us(event):
+                unwanted.append(incoming.handle)
+                filtered += 1
+                continue
             held = self.window.arrived(incoming)
-            if held is not None and incoming.event is None:
+            if held is None:
+                continue
+            if event is None:
                 self._store_soon(held, "undecodable", incoming.problem)
+            elif event.extensions and "expirytime" in event.extensions:
+                held.expires = _time_of(event.extensions["expirytime"])
         if unwanted:
             source.ack(unwanted)
+        if filtered:
+            self._facts.skipped(Skipped(self.settings.name, "filtered", filtered))
         self._dispatch_soon()
 
-    def _is_unwanted(self, incoming: Incoming) -> bool:
-        """Acked before, of a type nobody asked for, or our own dead letter (the topic may be ">")."""
-        if incoming.identity is not None and self.window.was_acked(incoming.identity):
-            return True
-        event = incoming.event
-        if event is None:
-            return False
+    def _is_not_for_us(self, event: Event) -> bool:
+        """Nobody asked for it, or it is our own dead letter (the topic may be ">")."""
         if event.headers and event.headers.get(f"{PREFIX}subscription") == self.settings.name:
             return True
-        return bool(self._types) and not any(t.fullmatch(event.type) for t in self._types)
+        return self._wants is not None and not self._wants(event)
 
     @property
     def _consumed(self) -> bool:
@@ -283,6 +318,32 @@ class Subscription:
                     return
             await self._sleep(wait)
 
+    async def _stuck(self, source: Source) -> None:
+        """Return when the broker has events for us, and gives us none."""
+        if not self.settings.watchdog_seconds:
+            await asyncio.get_running_loop().create_future()
+        watchdog = Watchdog(self.settings.watchdog_seconds)
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(watchdog.look_seconds)
+            if not watchdog.should_look(asking=self._asking, arrived=self._arrivals):
+                continue
+            try:
+                due = await source.due()
+            except SidecarError:
+                due = None
+            if watchdog.is_stuck(due, arrived=self._arrivals, now=clock()):
+                log.warning(
+                    "subscription %s: %s events are at the broker and none came for %g s: "
+                    "subscribing anew",
+                    self.settings.name,
+                    due,
+                    self.settings.watchdog_seconds,
+                )
+                self.reestablished += 1
+                self._facts.reestablished(Reestablished(self.settings.name))
+                return
+
     async def _may_rest(self) -> bool:
         """
         Wait for dead letters that are being stored; False when somebody consumes before.
@@ -290,7 +351,7 @@ class Subscription:
         What is neither stored nor out goes back to the broker then, for another sidecar. It may
         not stay with a source that nothing is fetched from: that would take more, for nobody.
         """
-        while self._storing and not self._consumed and not self._stop.is_set():
+        while self._burials.under_way and not self._consumed and not self._stop.is_set():
             self._wake.clear()
             await self._wake.wait()
         return self._stop.is_set() or not self._consumed
@@ -306,7 +367,7 @@ class Subscription:
 
     async def _settled(self) -> None:
         """While draining: until what is out is settled, and buried where that was its end."""
-        while self.window.out or self._storing:
+        while self.window.out or self._burials.under_way:
             self._wake.clear()
             await self._wake.wait()
 
@@ -325,28 +386,10 @@ class Subscription:
 
     def _leaving(self, identities: Sequence[Hashable]) -> asyncio.Future[None] | None:
         """Another sidecar is to have these: the app may settle what it has of them, for a moment."""
-        staying = self.window.revoke(identities, but=WITH_THE_APP)
+        parted = self._partings.begin(identities)
         self._wake.set()
         self._dispatch_soon()
-        if not staying:
-            return None
-        loop = asyncio.get_running_loop()
-        parting = Parting(staying, loop.create_future())
-        self._partings.append(parting)
-        loop.call_later(PARTING_SECONDS, parting.over)
-        return parting.done
-
-    def _part(self) -> None:
-        """What the app settled of what is leaving is not tried again here."""
-        for parting in self._partings:
-            settled = [held for held in parting.staying if held.state not in WITH_THE_APP]
-            self.window.revoke([held.incoming.identity for held in settled])
-            parting.staying = [
-                h for h in parting.staying if h.state in WITH_THE_APP and self.window.holds(h)
-            ]
-            if not parting.staying:
-                parting.over()
-        self._partings = [parting for parting in self._partings if not parting.done.done()]
+        return parted
 
     def _revoked(self, identities: Sequence[Hashable]) -> None:
         """Another sidecar has these now; what the app still does with them does not count."""
@@ -390,7 +433,7 @@ class Subscription:
                 self._facts.settled(Settled(self.settings.name, "released", len(left)))
         else:
             for held in left:
-                self._fail(held, "app_crash", "the consumer's stream broke", 0.0)
+                self._fail(held, Failure("app_crash", "the consumer's stream broke", 0.0))
         self._last_used = asyncio.get_running_loop().time()
         self._wake.set()
         self._dispatch_soon()
@@ -421,7 +464,7 @@ class Subscription:
         if self._acks:
             self._flush_acks()
         if self._partings:
-            self._part()
+            self._partings.look()
         if self.paused or self.draining:
             return
         window = self.window
@@ -435,7 +478,12 @@ class Subscription:
                 taken = window.take(
                     min(consumer.credit, consumer.max_batch, share), consumer, lease_end
                 )
-                deliveries = [_delivery(held) for held in taken if not self._was_the_last(held)]
+                deliveries = [
+                    _delivery(held)
+                    for held in taken
+                    if (held.attempt == 1 and not held.expires and not self._duplicates)
+                    or self._is_to_be_handed(held)
+                ]
                 if deliveries:
                     consumer.credit -= len(deliveries)
                     consumer.deliver(deliveries)
@@ -445,13 +493,33 @@ class Subscription:
         if window.room:
             self._wake.set()
 
-    def _was_the_last(self, held: Held) -> bool:
-        """It had its last delivery before, and its dead letter was not stored then: store it now."""
-        if not used_up(held.attempt - 1, self.settings.retry):
+    def _is_to_be_handed(self, held: Held) -> bool:
+        """The last look before the app gets it; false: it was dealt with in another way."""
+        if used_up(held.attempt - 1, self.settings.retry):
+            held.attempt -= 1
+            self._bury(held, "attempts_exhausted", "its dead letter was not stored the first time")
             return False
-        held.attempt -= 1
-        self._bury(held, "attempts_exhausted", "its dead letter was not stored the first time")
+        event = held.incoming.event
+        assert event is not None  # what is none is not ready
+        if held.expires and now_ns() >= held.expires:
+            held.attempt -= 1
+            if self.settings.expired == "drop":
+                self._skip(held, "expired")
+            else:
+                when = event.extensions["expirytime"]
+                self._bury(held, "expired", f"its expirytime, {when}, has passed")
+            return False
+        if self._duplicates is not None and self._duplicates.has(event, self._now()):
+            self._skip(held, "duplicate")
+            return False
         return True
+
+    def _skip(self, held: Held, why: str) -> None:
+        self._ack(held)
+        self._facts.skipped(Skipped(self.settings.name, why))
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def _arm(self) -> None:
         """One timer, for the earliest lease or retry."""
@@ -471,7 +539,7 @@ class Subscription:
         # Timers may fire a moment early: the loop's clock is coarser than its time().
         for held in self.window.due(asyncio.get_running_loop().time() + 0.001):
             self._facts.settled(Settled(self.settings.name, "expired"))
-            self._fail(held, "lease_expired", "the lease ended unsettled", None)
+            self._fail(held, Failure("lease_expired", "the lease ended unsettled"))
         self._arm()
         self._wake.set()
         self._dispatch_soon()
@@ -487,6 +555,8 @@ class Subscription:
             if held is None:
                 results.append(self._not_out(settlement.token))
             elif settlement.verdict is Verdict.ACK:
+                if self._duplicates is not None and held.incoming.event is not None:
+                    self._duplicates.acked(held.incoming.event, self._now())
                 self._ack(held)
                 acked += 1
                 results.append(None)
@@ -515,13 +585,10 @@ class Subscription:
             self._bury(held, "rejected", settlement.reason)
         else:
             self._facts.settled(Settled(name, "nack"))
-            self._fail(
-                held,
-                "attempts_exhausted",
-                settlement.reason,
-                settlement.delay,
-                uncounted=settlement.uncounted,
+            failure = Failure(
+                "attempts_exhausted", settlement.reason, settlement.delay, settlement.uncounted
             )
+            self._fail(held, failure)
 
     def hand_back(self, tokens: Sequence[str]) -> None:
         """These did not reach the app: first in line again, and nothing is counted."""
@@ -539,7 +606,7 @@ class Subscription:
         for token in tokens:
             held = self.window.find(token)
             if held is not None:
-                self._fail(held, "app_crash", error, 0.0)
+                self._fail(held, Failure("app_crash", error, 0.0))
         self._last_used = asyncio.get_running_loop().time()
         self._wake.set()
         self._dispatch_soon()
@@ -565,34 +632,25 @@ class Subscription:
         if acks and self._source is not None:
             self._source.ack(handles(acks))
 
-    def _fail(
-        self,
-        held: Held,
-        reason: str,
-        error: str,
-        delay: float | None,
-        *,
-        uncounted: bool = False,
-    ) -> None:
-        """A delivery failed: try again after *delay* (None: as the policy says), or give up."""
-        policy = self.settings.retry
+    def _fail(self, held: Held, failure: Failure) -> None:
+        """A delivery failed: try again, or give up, as the policy says."""
+        now = now_ns()
         if not held.first_failed:
-            held.first_failed = now_ns()
+            held.first_failed = now
+        if failure.reason == "app_crash":
+            self.window.crashed(held)
+        answer = self._policy.after(failure, held, now)
         recorded = None
-        if not uncounted and self._source is not None:
-            recorded = self._source.failed(held.incoming.handle, Failures(held.attempt))
-        if not uncounted and used_up(held.attempt, policy):
-            self._bury(held, reason, error)
+        if self._source is not None and (isinstance(answer, GiveUp) or not answer.uncounted):
+            failures = Failures(held.attempt, min(held.crashes, MAX_CRASHES), held.first_failed)
+            recorded = self._source.failed(held.incoming.handle, failures)
+        if isinstance(answer, GiveUp):
+            self._bury(held, answer.reason, failure.error)
             return
-        total_ns = policy.total_seconds * 1e9
-        if total_ns and now_ns() - held.first_failed > total_ns:
-            self._bury(held, reason, error)
-            return
-        if delay is None:
-            delay = delay_before(held.attempt + 1, policy, self._spread)
-        at = asyncio.get_running_loop().time() + delay
         known = recorded is None or recorded.done()
-        self.window.retry(held, at, uncounted=uncounted, recorded=known)
+        self.window.retry(
+            held, self._now() + answer.delay, uncounted=answer.uncounted, recorded=known
+        )
         if recorded is not None and not known:
             recorded.add_done_callback(lambda _: self._recorded(held))
         self._arm()
@@ -610,52 +668,15 @@ class Subscription:
         self._tasks.create_task(self._store_dead_letter(held, reason, error))
 
     async def _store_dead_letter(self, held: Held, reason: str, error: str) -> None:
-        """Store, then ack. While it cannot be stored the event stays with the broker, its lane held."""
-        pause = RETRY_SECONDS[0]
-        while self.window.holds(held):
-            self._storing += 1
-            try:
-                await self._dead_letters.store(
-                    held.incoming, reason=reason, error=error, attempts=held.attempt
-                )
-            except SidecarError as failure:
-                self._not_stored(failure)
-            else:
-                self._stored(held, reason)
-                return
-            finally:
-                self._storing -= 1
-                self._wake.set()
-            if self.draining:
-                return
-            await self._sleep(pause)
-            pause = min(pause * 2, RETRY_SECONDS[1])
-
-    def _not_stored(self, failure: SidecarError) -> None:
-        detail = f"a dead letter cannot be stored: {failure.message}"
-        if self._unstored != detail:
-            log.warning("subscription %s: %s", self.settings.name, detail)
-            self._unstored = detail
-
-    def _stored(self, held: Held, reason: str) -> None:
-        self._unstored = ""
-        self._log_dead_letter(reason)
-        self._facts.dead_lettered(DeadLettered(self.settings.name, reason))
-        if self.window.holds(held):
+        try:
+            stored = await self._burials.bury(
+                held, reason, error, is_held=lambda: self.window.holds(held)
+            )
+        finally:
+            self._wake.set()
+        if stored and self.window.holds(held):
             self._ack(held)
             self._dispatch_soon()
-
-    def _log_dead_letter(self, reason: str) -> None:
-        self._unlogged += 1
-        now = asyncio.get_running_loop().time()
-        if now - self._last_logged >= LOG_SECONDS:
-            log.warning(
-                "subscription %s: %d dead letters stored, the last one: %s",
-                self.settings.name,
-                self._unlogged,
-                reason,
-            )
-            self._unlogged, self._last_logged = 0, now
 
     # -- operators
 
@@ -705,6 +726,14 @@ def _delivery(held: Held) -> Delivery:
     event = incoming.event
     assert event is not None
     return Delivery(held.token, event, incoming.topic, held.attempt, incoming.position)
+
+
+def _time_of(text: str) -> int:
+    """In ns since 1970; 0 for what is no time: the event does not expire then."""
+    try:
+        return max(1, parse_rfc3339(text))
+    except ValueError:
+        return 0
 
 
 def bad_token(token: str) -> BadToken:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import enum
-import heapq
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from sidecar.broker import Failures
+from sidecar.delivery.held import NOTHING, Held, Past, State, most
 from sidecar.delivery.recent import Recent
+from sidecar.delivery.timers import Timers
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
@@ -18,64 +19,6 @@ REMEMBERED = 10_000
 """Acked events that are known again when their ack was lost and the broker sends them anew."""
 HELD_FACTOR = 4
 """Times max_in_flight: the most that is ever here, failing lanes and all."""
-
-
-class State(enum.Enum):
-    WAITING = "waiting"  # behind another of its lane
-    READY = "ready"
-    OUT = "out"  # handed over; its lease runs
-    RETRY = "retry"  # failed; waits for its time
-    LEAVING = "leaving"  # on its way to the dead letters
-
-
-class Past(NamedTuple):
-    """What is remembered of an event that went back to the broker, for when it comes here again."""
-
-    attempts: int
-    """Deliveries that failed."""
-    first_failed: int
-    retry_at: float
-    """Loop time; 0: it did not wait for one."""
-
-
-NOTHING = Past(0, 0, 0.0)
-
-
-class Held:
-    """One event in the window. Changed by Window only."""
-
-    __slots__ = (
-        "attempt",
-        "consumer",
-        "due",
-        "failing",
-        "first_failed",
-        "incoming",
-        "key",
-        "state",
-        "timer",
-        "token",
-        "unrecorded",
-    )
-
-    def __init__(self, incoming: Incoming, key: str, attempt: int) -> None:
-        self.incoming = incoming
-        self.key = key
-        self.attempt = attempt
-        """Deliveries that count so far; while out, the number of this one."""
-        self.state = State.WAITING
-        self.token = ""
-        self.due = 0.0
-        """Loop time at which its timer ends: the lease, or the wait for the next try."""
-        self.timer = 0
-        """Number of the timer that runs for it, 0 for none."""
-        self.failing = False
-        """It has failed here, so its lane is counted apart."""
-        self.consumer: object = None
-        self.first_failed = 0
-        """ns since 1970; 0: never failed."""
-        self.unrecorded = False
-        """The broker does not know of its last failure yet, and it waits for that."""
 
 
 class Window:
@@ -91,31 +34,48 @@ class Window:
     nothing of another key would be fetched until it is done. With them, at most HELD_FACTOR times
     as many are here; a larger backlog of failing keys does hold the others back. An event that is
     done frees its lane, so the first bound may be exceeded then; nothing is fetched until it holds.
+    The bound in bytes knows no such exception.
 
-    Non-obvious: `_timers` is a heap with stale entries; one counts only while `_timed` has its
-    number, so settling and extending cost no search. It holds no events: those would live as long
-    as their lease might have run.
+    *Suspects* are events that the app had in its hands when it crashed. Only one of them is ready
+    or out at a time: so the next crash tells which one it was, and those that were only near it
+    are not counted as crashes again.
+
+    With *distinct*, events of one source and id share a lane, unless they have that of their key:
+    so that a copy is not handed over before it is known what became of the first.
     """
 
-    def __init__(self, *, ordered: bool, max_in_flight: int, token_prefix: str) -> None:
+    def __init__(
+        self,
+        *,
+        ordered: bool,
+        max_in_flight: int,
+        token_prefix: str,
+        max_bytes: int = 1 << 62,
+        distinct: bool = False,
+    ) -> None:
         self._ordered = ordered
+        self._distinct = distinct
         self._max = max_in_flight
+        self._max_bytes = max_bytes
         self._prefix = token_prefix
         self._tokens = 0
         self._held: dict[int, Held] = {}
         self._identities: dict[Hashable, Held] = {}
         self._lanes: dict[str, deque[Held]] = {}
         self._ready: deque[Held] = deque()
+        self._suspect: Held | None = None
+        """The one that is ready or out."""
+        self._suspects: deque[Held] = deque()
+        """Those that are ready but for it."""
         self._out: dict[str, Held] = {}
-        self._timers: list[tuple[float, int]] = []
-        self._timed: dict[int, Held] = {}
-        self._timer_numbers = 0
+        self._timers = Timers()
         self._acked: Recent[bool] = Recent(REMEMBERED)
         self._expired: Recent[bool] = Recent(REMEMBERED)
         self._past: Recent[Past] = Recent(REMEMBERED)
         self.retrying = 0
         self.leaving = 0
         self.stuck = 0
+        self.bytes = 0
 
     # -- how much there is
 
@@ -126,7 +86,12 @@ class Window:
     def room(self) -> int:
         """How many events may be fetched now."""
         held = len(self._held)
-        return max(0, min(self._max - held + self.stuck, HELD_FACTOR * self._max - held))
+        room = min(self._max - held + self.stuck, HELD_FACTOR * self._max - held)
+        if room <= 0 or not held:
+            return max(0, room)
+        left = self._max_bytes - self.bytes
+        # So many of the mean size of those that are here.
+        return min(room, max(1, left * held // self.bytes)) if left > 0 else 0
 
     @property
     def out(self) -> int:
@@ -138,7 +103,13 @@ class Window:
 
     @property
     def ready(self) -> int:
+        """How many may be handed over now."""
         return len(self._ready)
+
+    @property
+    def suspects(self) -> int:
+        """How many more would be ready, if they were not suspects."""
+        return len(self._suspects)
 
     @property
     def has_ready(self) -> bool:
@@ -168,9 +139,14 @@ class Window:
             past = self._past.get(identity, NOTHING)
         event = incoming.event
         key = event.key if self._ordered and event is not None else ""
-        held = Held(incoming, key, max(incoming.failures.attempts, past.attempts))
-        held.first_failed = past.first_failed
+        if self._distinct and event is not None and not key:
+            key = f"\0{event.source}\0{event.id}"
+        failures = incoming.failures
+        if past is not NOTHING:
+            failures = most(failures, past.failures)
+        held = Held(incoming, key, failures)
         self._held[id(held)] = held
+        self.bytes += held.size
         if identity is not None:
             self._identities[identity] = held
         if event is None:
@@ -186,8 +162,7 @@ class Window:
         if past.retry_at:
             self._wait(held, past.retry_at)
         else:
-            held.state = State.READY
-            self._ready.append(held)
+            self._make_ready(held)
         return held
 
     def was_acked(self, identity: Hashable) -> bool:
@@ -209,7 +184,7 @@ class Window:
             held.consumer = consumer
             held.attempt += 1
             self._out[token] = held
-            self._start_timer(held, lease_end)
+            self._timers.start(held, lease_end)
             taken.append(held)
         return taken
 
@@ -231,7 +206,7 @@ class Window:
         return token in self._expired
 
     def extend(self, held: Held, lease_end: float) -> None:
-        self._start_timer(held, lease_end)
+        self._timers.start(held, lease_end)
 
     # -- what became of it
 
@@ -250,20 +225,20 @@ class Window:
         """
         self._leave_state(held)
         del self._held[id(held)]
+        self.bytes -= held.size
         identity = held.incoming.identity
         if identity is not None:
             self._identities.pop(identity, None)
-        lane = self._lanes[held.key] if held.key else None
+        lane = self._lanes[held.lane] if held.lane else None
         if held.failing:
             self.stuck -= 1 if lane is None else len(lane)
         if lane is None:
             return
         lane.popleft()
         if not lane:
-            del self._lanes[held.key]
+            del self._lanes[held.lane]
             return
-        lane[0].state = State.READY
-        self._ready.append(lane[0])
+        self._make_ready(lane[0])
 
     def retry(
         self, held: Held, at: float, *, uncounted: bool = False, recorded: bool = True
@@ -276,6 +251,9 @@ class Window:
         self._leave_state(held)
         if uncounted:
             held.attempt -= 1
+            held.postponed += 1
+        else:
+            held.postponed = 0
         held.unrecorded = not recorded
         self._wait(held, at)
 
@@ -284,14 +262,17 @@ class Window:
         if held.unrecorded and self.holds(held):
             held.unrecorded = False
             if held.state is State.RETRY and not held.timer:
-                self._start_timer(held, held.due)
+                self._timers.start(held, held.due)
 
     def back(self, held: Held) -> None:
         """Untouched by its consumer, who left: first in line again, and the attempt not counted."""
         self._leave_state(held)
         held.attempt -= 1
-        held.state = State.READY
-        self._ready.appendleft(held)
+        self._make_ready(held, first=True)
+
+    def crashed(self, held: Held) -> None:
+        """The app crashed with it in its hands: it is a suspect from now on."""
+        held.crashes += 1
 
     def bury(self, held: Held) -> None:
         """A delivery is on its way to the dead letters: not out any more, its lane waits."""
@@ -313,10 +294,12 @@ class Window:
             self._remember(held)
             self._leave_state(held)
             del self._held[id(held)]
+            self.bytes -= held.size
             identity = held.incoming.identity
             if identity is not None:
                 self._identities.pop(identity, None)
         self._ready.clear()
+        self._suspects.clear()
         self._lanes = {key: lane for key, lane in self._lanes.items() if lane[0].state in but}
         self.stuck = sum(self._first(held).failing for held in self._held.values())
         return given
@@ -338,15 +321,16 @@ class Window:
             del self._identities[held.incoming.identity]
             self._leave_state(held)
             del self._held[id(held)]
+            self.bytes -= held.size
         self._ready = deque(held for held in self._ready if self.holds(held))
+        self._suspects = deque(held for held in self._suspects if self.holds(held))
         lanes, self._lanes = self._lanes, {}
         for key, lane in lanes.items():
             left = deque(held for held in lane if self.holds(held))
             if left:
                 self._lanes[key] = left
                 if left[0].state is State.WAITING:
-                    left[0].state = State.READY
-                    self._ready.append(left[0])
+                    self._make_ready(left[0])
         self.stuck = sum(self._first(held).failing for held in self._held.values())
         return stay
 
@@ -354,29 +338,17 @@ class Window:
 
     def next_time(self) -> float | None:
         """When something is due next, in loop time."""
-        timers = self._timers
-        if not self._timed:
-            timers.clear()
-        while timers and timers[0][1] not in self._timed:
-            heapq.heappop(timers)
-        return timers[0][0] if timers else None
+        return self._timers.next_time()
 
     def due(self, now: float) -> list[Held]:
         """Make due retries ready; return the deliveries whose lease has ended, still out."""
         expired = []
-        timers = self._timers
-        while timers and timers[0][0] <= now:
-            _, number = heapq.heappop(timers)
-            held = self._timed.pop(number, None)
-            if held is None:
-                continue
-            held.timer = 0
+        for held in self._timers.due(now):
             if held.unrecorded:
                 continue
             if held.state is State.RETRY:
                 self.retrying -= 1
-                held.state = State.READY
-                self._ready.append(held)
+                self._make_ready(held)
             else:
                 self._expired.put(held.token, True)  # noqa: FBT003
                 expired.append(held)
@@ -391,18 +363,17 @@ class Window:
     def clear(self) -> list[Held]:
         """Forget everything: the subscription was moved. Tokens are void. Returns what was here."""
         held = list(self._held.values())
-        for one in held:
-            one.timer = 0
         self._held.clear()
         self._identities.clear()
         self._lanes.clear()
         self._ready.clear()
+        self._suspects.clear()
+        self._suspect = None
         self._out.clear()
         self._timers.clear()
-        self._timed.clear()
         self._past.clear()
         self.forget_acked()
-        self.retrying = self.leaving = self.stuck = 0
+        self.retrying = self.leaving = self.stuck = self.bytes = 0
         return held
 
     def forget_acked(self) -> None:
@@ -411,20 +382,25 @@ class Window:
 
     # -- inside
 
-    def _start_timer(self, held: Held, at: float) -> None:
-        if held.timer:
-            del self._timed[held.timer]
-        self._timer_numbers = held.timer = self._timer_numbers + 1
-        self._timed[held.timer] = held
-        held.due = at
-        heapq.heappush(self._timers, (at, held.timer))
-        # Settled deliveries leave their leases behind: sweep before they are most of the heap.
-        if len(self._timers) > 64 + 4 * len(self._timed):
-            self._timers = [entry for entry in self._timers if entry[1] in self._timed]
-            heapq.heapify(self._timers)
+    def _make_ready(self, held: Held, *, first: bool = False) -> None:
+        held.state = State.READY
+        line = self._ready
+        if held.crashes:
+            if self._suspect is None:
+                self._suspect = held
+            else:
+                line = self._suspects
+        if first:
+            line.appendleft(held)
+        else:
+            line.append(held)
 
     def _leave_state(self, held: Held) -> None:
         """Out of whatever it was in, but for `_ready`: who is ready leaves by take or give_back."""
+        if held is self._suspect:
+            self._suspect = self._suspects.popleft() if self._suspects else None
+            if self._suspect is not None:
+                self._ready.append(self._suspect)
         if held.state is State.OUT:
             del self._out[held.token]
             held.consumer = None
@@ -432,15 +408,13 @@ class Window:
             self.retrying -= 1
         elif held.state is State.LEAVING:
             self.leaving -= 1
-        if held.timer:
-            del self._timed[held.timer]
-            held.timer = 0
+        self._timers.stop(held)
 
     def _wait(self, held: Held, at: float) -> None:
         held.state = State.RETRY
         self.retrying += 1
         self._fails(held)
-        self._start_timer(held, at)
+        self._timers.start(held, at)
 
     def _leave(self, held: Held) -> None:
         held.state = State.LEAVING
@@ -449,20 +423,17 @@ class Window:
 
     def _first(self, held: Held) -> Held:
         """Of its lane."""
-        return self._lanes[held.key][0] if held.key else held
+        return self._lanes[held.lane][0] if held.lane else held
 
     def _fails(self, held: Held) -> None:
         if not held.failing:
             held.failing = True
-            self.stuck += len(self._lanes[held.key]) if held.key else 1
+            self.stuck += len(self._lanes[held.lane]) if held.lane else 1
 
     def _remember(self, held: Held) -> None:
         identity = held.incoming.identity
         if identity is not None:
             counted = held.attempt - (held.state is State.OUT)
             retry_at = held.due if held.state is State.RETRY else 0.0
-            self._past.put(identity, Past(counted, held.first_failed, retry_at))
-
-
-def handles(held: Iterable[Held]) -> list[Hashable]:
-    return [one.incoming.handle for one in held]
+            failures = Failures(counted, held.crashes, held.first_failed)
+            self._past.put(identity, Past(failures, retry_at))

@@ -19,7 +19,7 @@ from sidecar.errors import (
 )
 from sidecar.event import Durability, Event, Outcome, check_topic
 from sidecar.publishing.pending import Pending
-from sidecar.telemetry.facts import Facts, Published
+from sidecar.telemetry.facts import Published, PublishFacts
 
 if TYPE_CHECKING:
     from sidecar.broker import Broker
@@ -41,7 +41,7 @@ class Publisher:
         *,
         settings: Publishing,
         limits: Limits,
-        facts: Facts,
+        facts: PublishFacts,
     ) -> None:
         self.routes = routes
         self._brokers = brokers

@@ -162,7 +162,7 @@ async def _subscription(subscription: Subscription) -> pb.SubscriptionStatus:
         state = pb.SUBSCRIPTION_STATE_DRAINING
     elif subscription.paused:
         state = pb.SUBSCRIPTION_STATE_PAUSED
-    elif subscription.detail:
+    elif not subscription.subscribed:
         state = pb.SUBSCRIPTION_STATE_CONNECTING
     else:
         state = pb.SUBSCRIPTION_STATE_ACTIVE
@@ -179,6 +179,9 @@ async def _subscription(subscription: Subscription) -> pb.SubscriptionStatus:
         retry_waiting_events=retrying,
         lag_events=lag,
         declared=subscription.declared,
+        held_bytes=window.bytes,
+        reestablished=subscription.reestablished,
+        standby=subscription.standby,
         partitions=[
             pb.PartitionLag(topic=topic, partition=partition, lag_events=events)
             for (topic, partition), events in sorted(partitions.items())

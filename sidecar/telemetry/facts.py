@@ -36,6 +36,23 @@ class Settled:
 
 
 @dataclass(frozen=True, slots=True)
+class Skipped:
+    """Events of one subscription were acked without being handed over."""
+
+    subscription: str
+    why: str
+    """filtered, expired or duplicate."""
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Reestablished:
+    """The watchdog subscribed anew: there were events, and none came."""
+
+    subscription: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeadLettered:
     """One event went to the dead letters."""
 
@@ -43,11 +60,19 @@ class DeadLettered:
     reason: str
 
 
-class Facts(Protocol):
-    """Who is told. Quick, and never raises: it is called on the path of an event."""
+class PublishFacts(Protocol):
+    """Who is told of publishing. Quick, and never raises: it is called on the path of an event."""
 
     def published(self, fact: Published) -> None: ...
 
+
+class Facts(PublishFacts, Protocol):
+    """Who is told of everything."""
+
     def settled(self, fact: Settled) -> None: ...
+
+    def skipped(self, fact: Skipped) -> None: ...
+
+    def reestablished(self, fact: Reestablished) -> None: ...
 
     def dead_lettered(self, fact: DeadLettered) -> None: ...

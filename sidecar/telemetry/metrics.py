@@ -23,7 +23,13 @@ from sidecar.event import Durability, Receipt, pattern_matcher
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from sidecar.telemetry.facts import DeadLettered, Published, Settled
+    from sidecar.telemetry.facts import (
+        DeadLettered,
+        Published,
+        Reestablished,
+        Settled,
+        Skipped,
+    )
 
 # A second series per counter that no dashboard uses.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -50,6 +56,7 @@ class SubscriptionGauges:
     in_flight: int
     retry_waiting: int
     lanes: int
+    held_bytes: int
     dropped: int
 
 
@@ -93,6 +100,18 @@ class Metrics:
             "sidecar_dead_letters_total",
             "Events that were stored as dead letters.",
             ["subscription", "reason"],
+            registry=self.registry,
+        )
+        self._skipped = Counter(
+            "sidecar_skipped_events_total",
+            "Events that were acked without being handed over, by why.",
+            ["subscription", "reason"],
+            registry=self.registry,
+        )
+        self._reestablished = Counter(
+            "sidecar_subscription_reestablished_total",
+            "Times the watchdog subscribed anew.",
+            ["subscription"],
             registry=self.registry,
         )
         self._reconnects = Counter(
@@ -151,6 +170,12 @@ class Metrics:
 
     def dead_lettered(self, fact: DeadLettered) -> None:
         self._dead_letters.labels(self._subscription(fact.subscription), fact.reason).inc()
+
+    def skipped(self, fact: Skipped) -> None:
+        self._skipped.labels(self._subscription(fact.subscription), fact.why).inc(fact.count)
+
+    def reestablished(self, fact: Reestablished) -> None:
+        self._reestablished.labels(self._subscription(fact.subscription)).inc()
 
     def reconnected(self, broker: str) -> None:
         self._reconnects.labels(broker).inc()
@@ -229,6 +254,7 @@ class _Gauges(Collector):
             ("sidecar_in_flight_events", "Handed over, not settled.", "in_flight"),
             ("sidecar_retry_waiting_events", "Failed, waiting to be tried again.", "retry_waiting"),
             ("sidecar_lanes", "Keys with events here.", "lanes"),
+            ("sidecar_held_bytes", "Bytes of the events that are here.", "held_bytes"),
             (
                 "sidecar_dropped_events",
                 "Lost since the subscription opened; 0 is right.",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sidecar.delivery.consumers import Delivery
     from sidecar.delivery.subscription import Subscription
-    from sidecar.telemetry.facts import DeadLettered, Published, Settled
+    from sidecar.telemetry.facts import DeadLettered, Published, Reestablished, Settled, Skipped
 
 DEADLINE_SECONDS = 8.0
 AT_ONCE = {"initial_seconds": 0.0, "max_seconds": 0.0}
@@ -160,12 +160,20 @@ class Heard:
         self.answered: list[Published] = []
         self.results: Counter[str] = Counter()
         self.dead: list[DeadLettered] = []
+        self.skips: Counter[str] = Counter()
+        self.reestablishments = 0
 
     def published(self, fact: Published) -> None:
         self.answered.append(fact)
 
     def settled(self, fact: Settled) -> None:
         self.results[fact.result] += fact.count
+
+    def skipped(self, fact: Skipped) -> None:
+        self.skips[fact.why] += fact.count
+
+    def reestablished(self, fact: Reestablished) -> None:
+        self.reestablishments += 1
 
     def dead_lettered(self, fact: DeadLettered) -> None:
         self.dead.append(fact)

@@ -12,6 +12,7 @@ from sidecar.broker import Start
 from sidecar.config import Memory
 from sidecar.errors import AlreadySettled, BadToken, LeaseExpired
 from sidecar.event import Position, Verdict
+from sidecar.wire.timestamps import now_ns, parse_rfc3339
 from tests.delivery.stage import (
     AT_ONCE,
     App,
@@ -224,6 +225,7 @@ async def test_max_attempts_are_exact_and_then_there_is_one_dead_letter(
 ) -> None:
     broker = memory()
     policy = {"max_attempts": 3, **AT_ONCE}
+    before = now_ns()
     async with running(broker) as sidecar:
         await sidecar.publish("orders.new", make("1", key="k", data=b"data"), make("2", key="k"))
         app = sidecar.app(sidecar.subscription(lease_seconds=0.1, retry=policy))
@@ -241,8 +243,14 @@ async def test_max_attempts_are_exact_and_then_there_is_one_dead_letter(
     assert app.given == 4
     assert letter.event is not None
     assert (letter.event.id, letter.event.key, letter.event.data) == ("1", "k", b"data")
-    assert letter.event.headers.pop("sidecar-dead-letter-time").startswith("2")  # type: ignore[attr-defined]
-    assert letter.event.headers == {
+    headers = dict(letter.event.headers)
+    first, last = (
+        headers.pop("sidecar-dead-letter-first-failed"),
+        headers.pop("sidecar-dead-letter-time"),
+    )
+    assert before <= parse_rfc3339(first) < parse_rfc3339(last) <= now_ns()
+    assert headers == {
+        "sidecar-dead-letter-generation": "1",
         "sidecar-dead-letter-reason": reason,
         "sidecar-dead-letter-error": error,
         "sidecar-dead-letter-topic": "orders.new",
@@ -680,7 +688,7 @@ async def test_what_is_to_leave_waits_for_the_app_to_settle_what_it_has() -> Non
 
 
 async def test_what_is_to_leave_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sidecar.delivery.subscription.PARTING_SECONDS", 0.05)
+    monkeypatch.setattr("sidecar.delivery.parting.PARTING_SECONDS", 0.05)
     broker = Parting("memory", Memory(type="memory"))
     async with running(broker) as sidecar:
         app = sidecar.app()

@@ -125,7 +125,8 @@ async def test_every_event_is_done_once_in_order_and_every_attempt_is_counted(se
     async with running(memory()) as sidecar:
         await sidecar.publish("orders.new", *events)
         subscription = sidecar.subscription(
-            max_in_flight=chance.choice([3, 16, 256]), retry={"max_attempts": 1000, **AT_ONCE}
+            max_in_flight=chance.choice([3, 16, 256]),
+            retry={"max_attempts": 1000, "max_crashes": 15, **AT_ONCE},
         )
         unrest = Unrest(sidecar, subscription, seed)
         await unrest.go_on()

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 
 from sidecar.broker import Failures, Incoming
+from sidecar.delivery.held import Held, State
 from sidecar.delivery.recent import Recent
-from sidecar.delivery.window import HELD_FACTOR, REMEMBERED, Held, State, Window
+from sidecar.delivery.window import HELD_FACTOR, REMEMBERED, Window
 from sidecar.event import Event
 
 LEASE = 30.0

@@ -7,13 +7,14 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sidecar.broker import Failures, Incoming
+from sidecar.delivery.held import Held, State
 from sidecar.delivery.recent import Recent
-from sidecar.delivery.window import HELD_FACTOR, Held, State, Window
+from sidecar.delivery.window import HELD_FACTOR, Window
 from sidecar.event import Event
 
 PREFIX = "billing.0a1b."
 KEYS = ("a", "a", "a", "b", "")
-VERDICTS = ("ack", "ack", "nack", "nack", "nack", "uncounted", "bury", "back")
+VERDICTS = ("ack", "ack", "nack", "nack", "crash", "crash", "uncounted", "bury", "back")
 CHANCE = st.integers(0, 3)
 
 
@@ -28,19 +29,35 @@ class Windows(RuleBasedStateMachine):
     @initialize(
         keys=st.lists(st.sampled_from(KEYS), min_size=4, max_size=24),
         ordered=st.booleans(),
+        distinct=st.booleans(),
         max_in_flight=st.integers(1, 4),
+        max_bytes=st.sampled_from([600, 2_000, 1 << 40]),
     )
-    def start(self, keys: list[str], ordered: bool, max_in_flight: int) -> None:  # noqa: FBT001
+    def start(
+        self,
+        keys: list[str],
+        ordered: bool,  # noqa: FBT001
+        distinct: bool,  # noqa: FBT001
+        max_in_flight: int,
+        max_bytes: int,
+    ) -> None:
         self.keys = keys
-        self.ordered = ordered
-        self.by_key = {key: [s for s in range(len(keys)) if keys[s] == key] for key in KEYS}
+        self.lanes = [_lane(s, key, ordered, distinct) for s, key in enumerate(keys)]
         self.max = max_in_flight
-        self.window = Window(ordered=ordered, max_in_flight=max_in_flight, token_prefix=PREFIX)
+        self.max_bytes = max_bytes
+        self.window = Window(
+            ordered=ordered,
+            max_in_flight=max_in_flight,
+            token_prefix=PREFIX,
+            max_bytes=max_bytes,
+            distinct=distinct,
+        )
         self.now = 1000.0
         self.at_broker = list(range(len(keys)))
         self.done: set[int] = set()
         self.delivered = [0] * len(keys)
         self.counted: dict[int, int] = {}
+        self.crashes: dict[int, int] = {}
         self.here: dict[int, Held] = {}
         self.due: dict[int, float] = {}
         self.waits: dict[int, float] = {}
@@ -53,9 +70,16 @@ class Windows(RuleBasedStateMachine):
     def _incoming(self, sequence: int) -> Incoming:
         self.delivered[sequence] += 1
         delivered = self.delivered[sequence]
-        event = Event(id=str(sequence), source="/s", type="t", time_ns=1, key=self.keys[sequence])
-        attempts = self.counted.get(sequence, 0)
-        return Incoming("t", (sequence, delivered), sequence, event, failures=Failures(attempts))
+        event = Event(
+            id=_id(sequence),
+            source="/s",
+            type="t",
+            time_ns=1,
+            key=self.keys[sequence],
+            data=b"x" * (sequence % 5 * 100),
+        )
+        failures = Failures(self.counted.get(sequence, 0), self.crashes.get(sequence, 0))
+        return Incoming("t", (sequence, delivered), sequence, event, failures=failures)
 
     @precondition(lambda self: self.at_broker and self.window.room)
     @rule(count=st.integers(1, 8))
@@ -108,6 +132,7 @@ class Windows(RuleBasedStateMachine):
             self._leaves(sequence)
         self.at_broker = [s for s in range(len(self.keys)) if s not in self.done]
         self.counted.clear()
+        self.crashes.clear()
         self.waits.clear()
         self.window.clear()
 
@@ -145,6 +170,9 @@ class Windows(RuleBasedStateMachine):
             self.window.back(held)
             self.counted[sequence] -= 1
         else:
+            if verdict == "crash":
+                self.window.crashed(held)
+                self.crashes[sequence] = self.crashes.get(sequence, 0) + 1
             self.due[sequence] = self.now + 2
             self.window.retry(held, self.now + 2, uncounted=verdict == "uncounted")
             self.counted[sequence] -= verdict == "uncounted"
@@ -195,11 +223,12 @@ class Windows(RuleBasedStateMachine):
     @invariant()
     def all_is_counted(self) -> None:
         states = [held.state for held in self.here.values()]
-        lanes = {self.keys[s] for s in self.here if self.ordered and self.keys[s]}
+        lanes = {self.lanes[s] for s in self.here if not isinstance(self.lanes[s], int)}
 
         assert len(self.window) == len(self.here)
         assert self.window.out == states.count(State.OUT) == len(self.tokens)
-        assert self.window.ready == states.count(State.READY)
+        assert self.window.ready + self.window.suspects == states.count(State.READY)
+        assert self.window.bytes == sum(held.size for held in self.here.values())
         assert self.window.retrying == states.count(State.RETRY)
         assert self.window.leaving == states.count(State.LEAVING)
         assert self.window.lanes == len(lanes)
@@ -210,10 +239,26 @@ class Windows(RuleBasedStateMachine):
 
         assert self.window.stuck == len(failing)
         assert len(self.here) <= HELD_FACTOR * self.max
-        assert self.window.room == max(
+        room = max(
             0,
             min(self.max - len(self.here) + len(failing), HELD_FACTOR * self.max - len(self.here)),
         )
+        if not self.here:
+            assert self.window.room == room
+        elif self.window.bytes >= self.max_bytes:
+            assert self.window.room == 0
+        else:
+            mean = self.window.bytes / len(self.here)
+            fit = max(1, int((self.max_bytes - self.window.bytes) / mean))
+            assert self.window.room == min(room, fit)
+
+    @invariant()
+    def one_suspect_at_a_time_is_handed_over_and_none_is_forgotten(self) -> None:
+        suspects = [held for held in self.here.values() if held.crashes]
+        assert all(held.crashes == self.crashes[self._sequence(held)] for held in suspects)
+        active = [held for held in suspects if held.state in {State.READY, State.OUT}]
+
+        assert len(active) - self.window.suspects == min(1, len(active))
 
     @invariant()
     def nothing_that_is_due_is_lost(self) -> None:
@@ -260,8 +305,8 @@ class Windows(RuleBasedStateMachine):
         return sequence
 
     def _lane(self, sequence: int) -> list[int]:
-        key = self.keys[sequence] if self.ordered else ""
-        return self.by_key[key] if key else [sequence]
+        lane = self.lanes[sequence]
+        return [s for s in range(len(self.lanes)) if self.lanes[s] == lane]
 
     def _first(self, sequence: int) -> int:
         return next(s for s in self._lane(sequence) if s in self.here)
@@ -280,6 +325,18 @@ class Windows(RuleBasedStateMachine):
     def _leaves(self, sequence: int) -> None:
         del self.here[sequence]
         self.due.pop(sequence, None)
+
+
+def _id(sequence: int) -> str:
+    """Two and two are copies of each other."""
+    return str(sequence // 2)
+
+
+def _lane(sequence: int, key: str, ordered: bool, distinct: bool) -> str | int:  # noqa: FBT001
+    """Its name, or the event itself where it is in none."""
+    if ordered and key:
+        return key
+    return f"copies of {_id(sequence)}" if distinct else sequence
 
 
 Windows.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
