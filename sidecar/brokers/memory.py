@@ -146,23 +146,36 @@ class _Group:
         self.topic = interest.topic
         self._matches = pattern_matcher(interest.topic)
         self._log = log
+        self._max_bytes = interest.max_in_flight_bytes
         self._cursor = _first_sequence(log, interest.start)
         self._again: list[int] = []
         self._failures: dict[Hashable, Failures] = {}
         self.sources: list[MemorySource] = []
 
     def take(self, limit: int) -> list[Incoming]:
+        """Up to *limit*, and no more bytes than the subscription holds, but for one event."""
         taken: list[Incoming] = []
-        while self._again and len(taken) < limit:
+        room = self._max_bytes
+        while len(taken) < limit and (sequence := self._next()) is not None:
+            room -= self._log.events[sequence][1].size
+            if room < 0 and taken:
+                heapq.heappush(self._again, sequence)
+                break
+            taken.append(self._incoming(sequence))
+        return taken
+
+    def _next(self) -> int | None:
+        while self._again:
             sequence = heapq.heappop(self._again)
             if sequence in self._log.events:
-                taken.append(self._incoming(sequence))
-        while self._cursor < self._log.next_sequence and len(taken) < limit:
-            entry = self._log.events.get(self._cursor)
-            if entry is not None and self._matches.fullmatch(entry[0]):
-                taken.append(self._incoming(self._cursor))
+                return sequence
+        while self._cursor < self._log.next_sequence:
+            sequence = self._cursor
             self._cursor += 1
-        return taken
+            entry = self._log.events.get(sequence)
+            if entry is not None and self._matches.fullmatch(entry[0]):
+                return sequence
+        return None
 
     def _incoming(self, sequence: int) -> Incoming:
         topic, event, _ = self._log.events[sequence]

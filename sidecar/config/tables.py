@@ -14,6 +14,7 @@ from pydantic import (
     SecretStr,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from sidecar.config.values import (
@@ -349,17 +350,11 @@ class Filter(Settings):
     any: Annotated[list[Filter], Field(min_length=1, max_length=100)] | None = None
     not_: Annotated[Filter | None, Field(alias="not")] = None
 
-    @field_validator("not_")
-    @classmethod
-    def _one_dialect(cls, value: Filter | None, info: ValidationInfo) -> Filter | None:
-        if len(info.data) == _DIALECTS - 1:
-            named = [*(v for v in info.data.values() if v is not None), *([value] if value else [])]
-            if len(named) != 1:
-                raise ValueError("a filter is one of exact, prefix, suffix, all, any and not")
-        return value
-
-
-_DIALECTS = 6
+    @model_validator(mode="after")
+    def _one_dialect(self) -> Filter:
+        if sum(value is not None for _, value in self) != 1:
+            raise ValueError("a filter is one of exact, prefix, suffix, all, any and not")
+        return self
 
 
 class Subscription(Settings):

@@ -36,5 +36,5 @@ class Duplicates:
 
     def has(self, event: Event, now: float) -> bool:
         key = (event.source, event.id)
-        acked = self._new.get(key) or self._old.get(key)
+        acked = self._new.get(key, self._old.get(key))
         return acked is not None and now - acked <= self._seconds
