@@ -57,6 +57,9 @@ class Client:
     async def pull(self, spec: pb.SubscriptionSpec, count: int) -> list[pb.Delivery]:
         request = pb.PullRequest(spec=spec, max_events=count)
         request.wait.FromSeconds(10)
+        return await self.pull_request(request)
+
+    async def pull_request(self, request: pb.PullRequest) -> list[pb.Delivery]:
         call = self.channel.unary_unary(
             "/sidecar.v1.PubSub/Pull",
             request_serializer=pb.PullRequest.SerializeToString,
