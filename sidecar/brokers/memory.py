@@ -15,8 +15,10 @@ from sidecar.broker import (
     Failures,
     Incoming,
     Interest,
+    Log,
     Source,
     Start,
+    StoredEvent,
 )
 from sidecar.errors import NotSupported, SourceLost, SubscriptionConflict
 from sidecar.event import Durability, Event, Outcome, Position, Receipt, pattern_matcher
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from sidecar.config import Memory as Settings
 
 STREAM = "memory"
+PAGE_BYTES = 8 * 1024 * 1024
+"""What one answer of `read` holds at most, but for one event."""
 
 
 class MemoryBroker(Broker):
@@ -44,10 +48,13 @@ class MemoryBroker(Broker):
         lag=True,
         dead_letters=True,
         deals=True,
+        browses=True,
+        deletes=True,
     )
 
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name)
+        self._incarnation = str(now_ns())
         self._settings = settings
         self.log = _Log(settings)
         self._groups: dict[str, _Group] = {}
@@ -98,6 +105,17 @@ class MemoryBroker(Broker):
         moved = Interest(interest.name, interest.topic, interest.max_in_flight, to)
         self._groups[interest.name] = _Group(self.log, moved)
 
+    async def logs(self, pattern: str) -> Sequence[Log]:
+        first, end = self.log.first, self.log.next_sequence
+        return [Log(pattern, None, STREAM, first, end, self._incarnation)]
+
+    async def read(self, log: Log, start: int, limit: int) -> Sequence[StoredEvent]:
+        return self.log.read(log, start, limit)
+
+    async def delete(self, log: Log, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self.log.delete(number)
+
     async def close(self) -> None:
         for group in self._groups.values():
             group.end_sources()
@@ -137,6 +155,29 @@ class _Log:
             _, (_, dropped, _) = self.events.popitem(last=False)
             self._bytes -= dropped.size
         return sequence, False
+
+    @property
+    def first(self) -> int:
+        return next(iter(self.events), self.next_sequence)
+
+    def read(self, log: Log, start: int, limit: int) -> list[StoredEvent]:
+        matches = pattern_matcher(log.topic)
+        page: list[StoredEvent] = []
+        size = 0
+        for sequence in range(max(start, self.first), min(log.end, self.next_sequence)):
+            entry = self.events.get(sequence)
+            if entry is None or not _matches(matches, entry[0]):
+                continue
+            size += entry[1].size
+            if len(page) == limit or (page and size > PAGE_BYTES):
+                break
+            page.append(StoredEvent(entry[0], sequence, entry[2], entry[1]))
+        return page
+
+    def delete(self, sequence: int) -> None:
+        entry = self.events.pop(sequence, None)
+        if entry is not None:
+            self._bytes -= entry[1].size
 
 
 class _Group:
@@ -227,9 +268,8 @@ def _first_sequence(log: _Log, start: Start) -> int:
         return start.position.sequence
     if start.latest:
         return log.next_sequence
-    first = next(iter(log.events), log.next_sequence)
     if start.time_ns is None:
-        return first
+        return log.first
     for sequence, (_, _, stored_ns) in log.events.items():
         if stored_ns >= start.time_ns:
             return sequence
