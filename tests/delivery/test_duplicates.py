@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import hypothesis.strategies as st
-import pytest
 from hypothesis import given
 
 from sidecar.delivery import duplicates
 from sidecar.delivery.duplicates import Duplicates
 from tests.delivery.stage import event as make
+
+if TYPE_CHECKING:
+    import pytest
 
 STEPS = st.lists(
     st.tuples(st.sampled_from(["ack", "ask"]), st.integers(0, 6), st.floats(0, 20)), max_size=60
