@@ -57,6 +57,8 @@ def _measure(target: Target, effort: measure.Effort, arguments: argparse.Namespa
     only: list[str] = arguments.only
     results, failed = [], False
     for bench in _chosen(only):
+        if target.name not in bench.targets:
+            continue
         _tell(f"{target.name}: {bench.title}")
         try:
             results.append(measure.run(bench, target, effort))

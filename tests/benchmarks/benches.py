@@ -35,6 +35,11 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     callers: int = 1
     batch: int = 1
     window: int = 1000
+    credit: int = 0
+    kept: int = 0
+    keys: int = 1000
+    """As in Spec."""
+    targets: tuple[str, ...] = ("jetstream", "kafka")
     budgets: Mapping[str, Budget] = {}
     """By target; none for a broker with whose client in mind it was not set."""
 
@@ -65,6 +70,12 @@ _STREAM_BUDGETS = {
     "jetstream": Budget(cpu_us=26, ratio=0.7),
 }
 
+_SIZES = (1_000, 10_000, 100_000)
+"""
+The last is the most that a subscription may hold. Of a partition of Kafka some 700 to 1,900 may be
+unacked, so there only the first.
+"""
+
 BENCHES: tuple[Bench, ...] = (
     *(bench for door in _DOORS for bench in _callers(*door)),
     *(
@@ -93,6 +104,31 @@ BENCHES: tuple[Bench, ...] = (
         load="consume",
         raw="raw-consume",
         window=256,
+    ),
+    *(
+        Bench(
+            name=f"consume-keys-{keys}",
+            title=f"deliver + ack, {keys:,} keys in the app's hands",
+            load="consume",
+            raw="raw-consume",
+            window=keys,
+            kept=keys * 9 // 10,
+            keys=keys,
+            targets=("jetstream", "kafka") if keys == _SIZES[0] else ("jetstream",),
+        )
+        for keys in _SIZES
+    ),
+    *(
+        Bench(
+            name=f"consume-waiting-{events}",
+            title=f"deliver + ack, {events:,} events wait in the sidecar",
+            load="consume",
+            raw="raw-consume",
+            window=events,
+            credit=500,
+            targets=("jetstream", "kafka") if events == _SIZES[0] else ("jetstream",),
+        )
+        for events in _SIZES
     ),
     Bench(
         name="latency",

@@ -25,7 +25,8 @@ _KEY_HOLE, _KEY = "@" * 3, b"%03d"
 class Ids:
     """Ids that no other run has: a broker would take the same id for the same event."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: int = KEYS) -> None:
+        self.keys = keys
         self.prefix = secrets.token_hex(4)
         self._next = 0
 
@@ -34,8 +35,8 @@ class Ids:
         first = self._next
         self._next = first + count
         if count == 1:
-            return (first, first % KEYS)
-        return tuple(x for n in range(first, first + count) for x in (n, n % KEYS))
+            return (first, first % self.keys)
+        return tuple(x for n in range(first, first + count) for x in (n, n % self.keys))
 
 
 def publish_request(ids: Ids, topic: str) -> bytes:

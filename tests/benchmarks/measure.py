@@ -129,15 +129,17 @@ def _prepare(bench: Bench, target: Target, effort: Effort) -> None:
                 broker_url=target.url,
                 broker_pid=target.pid,
                 topic=TOPIC,
-                events=_to_consume(target, effort),
+                events=_to_consume(bench, target, effort),
+                keys=bench.keys,
                 warm_seconds=0,
                 seconds=60,
             )
         )
 
 
-def _to_consume(target: Target, effort: Effort) -> int:
-    return int(target.most_consumed * (effort.warm_seconds + effort.seconds))
+def _to_consume(bench: Bench, target: Target, effort: Effort) -> int:
+    seconds = effort.warm_seconds + effort.seconds
+    return int(target.most_consumed * seconds) + 2 * bench.window
 
 
 def _round(
@@ -159,7 +161,9 @@ def _round(
             callers=bench.callers,
             batch=bench.batch,
             window=bench.window,
-            events=_to_consume(target, effort),
+            credit=bench.credit,
+            kept=bench.kept,
+            events=_to_consume(bench, target, effort),
             subscription=f"{bench.name}-{'sidecar' if sidecar else 'raw'}-{number}",
             warm_seconds=effort.warm_seconds,
             seconds=effort.seconds,

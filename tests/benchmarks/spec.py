@@ -25,7 +25,13 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     events: int = 0
     """consume: how many there are; fill: how many to publish."""
     window: int = 1000
-    """Deliveries that may be out at once."""
+    """Events that the sidecar may hold at once."""
+    credit: int = 0
+    """Deliveries that may be out at once; 0: as many as it may hold."""
+    kept: int = 0
+    """Deliveries that the app keeps in its hands, and settles the oldest of only as more come."""
+    keys: int = 1000
+    """fill: how many keys the events have, in turn."""
     subscription: str = ""
     """A name not used before, so that it starts at the first event."""
     warm_seconds: float

@@ -7,7 +7,7 @@ import asyncio
 import sys
 from typing import TYPE_CHECKING, Protocol
 
-from tests.drills import failing_key, kafka, shared_subscription
+from tests.drills import failing_key, kafka, shared_subscription, slow_consumer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -24,11 +24,13 @@ SCENARIOS: Mapping[str, Callable[[int], Coroutine[None, None, Report]]] = {
     **shared_subscription.SCENARIOS,
     **kafka.SCENARIOS,
     **failing_key.SCENARIOS,
+    **slow_consumer.SCENARIOS,
 }
 EVENTS = {
     **dict.fromkeys(shared_subscription.SCENARIOS, shared_subscription.EVENTS),
     **dict.fromkeys(kafka.SCENARIOS, kafka.EVENTS),
     **dict.fromkeys(failing_key.SCENARIOS, failing_key.EVENTS),
+    **dict.fromkeys(slow_consumer.SCENARIOS, slow_consumer.EVENTS),
 }
 
 

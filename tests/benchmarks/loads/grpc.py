@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING
 
+import grpc
 import psutil
 
+from sidecar.v1 import admin_pb2
 from sidecar.v1 import pubsub_pb2 as pb
 from tests.benchmarks import events
 from tests.benchmarks.loads.http2 import Call, GrpcConnection
 from tests.benchmarks.meter import Meter, wait_until_idle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tests.benchmarks.spec import Sample, Spec
 
@@ -95,10 +98,16 @@ async def stream(spec: Spec) -> Sample:
 
 
 async def consume(spec: Spec) -> Sample:
-    """One Subscribe stream that acks each batch as it comes and gives the credit back."""
+    """
+    One Subscribe stream that acks as deliveries come and gives the credit back.
+
+    The app keeps the newest in its hands if it is told so. It does not ack before it has those,
+    and the sidecar holds as much as it may, so what is measured is the cost with that many.
+    """
     await wait_until_idle(psutil.Process(spec.broker_pid))
     meter = Meter(spec)
-    first = asyncio.Event()
+    first, full = asyncio.Event(), asyncio.Event()
+    in_hand: deque[str] = deque()
     connection = await GrpcConnection.connect(spec.grpc_socket, SUBSCRIBE)
     call: Call
 
@@ -109,30 +118,62 @@ async def consume(spec: Spec) -> Sample:
             meter.failed(len(response.rejected_settlements), str(response.rejected_settlements[0]))
         if not count:
             return
+        in_hand.extend(delivery.token for delivery in response.deliveries)
+        if full.is_set():
+            settle()
+
+    def settle() -> None:
+        count = len(in_hand) - spec.kept
+        if count <= 0:
+            return
         meter.events += count
         first.set()
-        if meter.events >= spec.events:
+        if meter.events >= spec.events - spec.window:
             meter.run_out.set()
-        call.send(acks(response))
+        call.send(acks([in_hand.popleft() for _ in range(count)]))
 
     call = connection.call(on_message, meter.run_out.set)
     call.send(subscribe(spec))
     connection.flush()
+    async with asyncio.timeout(30):
+        while spec.credit + spec.kept and not await _is_full(spec, len(in_hand)):
+            await asyncio.sleep(0.1)
+    full.set()
+    settle()
+    connection.flush()
     return await meter.sample(first)
+
+
+async def _is_full(spec: Spec, in_hand: int) -> bool:
+    """The sidecar holds nearly all that it may, and the app what it is to keep."""
+    async with grpc.aio.insecure_channel(f"unix:{spec.grpc_socket}") as channel:
+        call = channel.unary_unary(
+            "/sidecar.v1.Admin/GetStatus",
+            request_serializer=admin_pb2.GetStatusRequest.SerializeToString,
+            response_deserializer=admin_pb2.GetStatusResponse.FromString,
+        )
+        (found,) = (await call(admin_pb2.GetStatusRequest())).subscriptions
+    return bool(
+        in_hand >= spec.kept and found.in_flight_events + found.waiting_events >= 0.8 * spec.window
+    )
 
 
 def subscribe(spec: Spec) -> bytes:
     """The first message of a Subscribe stream: opened inline, from the first event."""
     described = pb.SubscriptionSpec(
-        name=spec.subscription, topic=spec.topic, max_in_flight=spec.window
+        name=spec.subscription,
+        topic=spec.topic,
+        max_in_flight=spec.window,
+        max_in_flight_bytes=2048 * spec.window,
     )
     opened = pb.SubscribeOpen(spec=described)
-    return pb.SubscribeRequest(open=opened, credit=spec.window).SerializeToString()
+    credit = spec.credit or spec.window
+    return pb.SubscribeRequest(open=opened, credit=credit).SerializeToString()
 
 
-def acks(response: pb.SubscribeResponse) -> bytes:
-    request = pb.SubscribeRequest(credit=len(response.deliveries))
+def acks(tokens: Sequence[str]) -> bytes:
+    request = pb.SubscribeRequest(credit=len(tokens))
     add = request.settlements.add
-    for delivery in response.deliveries:
-        add(token=delivery.token, verdict=pb.VERDICT_ACK)
+    for token in tokens:
+        add(token=token, verdict=pb.VERDICT_ACK)
     return request.SerializeToString()

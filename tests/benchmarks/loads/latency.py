@@ -110,7 +110,7 @@ async def latency(spec: Spec) -> Sample:
             clock.received(events.number_of(delivery.event.id))
         if response.deliveries:
             meter.events += len(response.deliveries)
-            call.send(grpc.acks(response))
+            call.send(grpc.acks([delivery.token for delivery in response.deliveries]))
 
     call = consuming.call(on_message, meter.run_out.set)
     call.send(grpc.subscribe(spec))

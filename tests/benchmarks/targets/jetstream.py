@@ -33,10 +33,10 @@ FETCH = 256
 class _Publisher:
     """The library's own pipelined publishing: `publish_async`, up to 4,000 under way."""
 
-    def __init__(self, client: Any, topic: str) -> None:
+    def __init__(self, client: Any, topic: str, keys: int = events.KEYS) -> None:
         self._stream = client.jetstream()
         self._topic = topic
-        self._ids = events.Ids()
+        self._ids = events.Ids(keys)
 
     async def publish(self, answered: Callable[[asyncio.Future[Any]], None]) -> None:
         number, key = self._ids.take(1)
@@ -67,7 +67,7 @@ async def _fill(spec: Spec) -> Sample:
     """As many events as asked for."""
     client = await nats.connect(spec.broker_url)
     meter = Meter(spec)
-    publisher = _Publisher(client, spec.topic)
+    publisher = _Publisher(client, spec.topic, spec.keys)
 
     def answered(future: asyncio.Future[Any]) -> None:
         future.result()

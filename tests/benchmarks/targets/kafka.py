@@ -59,7 +59,7 @@ class _Publisher:
             }
         )
         self._topic = spec.topic
-        self._ids = events.Ids()
+        self._ids = events.Ids(spec.keys)
 
     def publish(self, answered: Callable[[KafkaError | None, Message], None]) -> None:
         """*answered* is called within `publish` or `poll`."""
