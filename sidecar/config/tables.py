@@ -362,7 +362,7 @@ class Subscription(Settings):
     topic: Pattern
     broker: str | None = None
     ordering: Literal["key", "key_per_replica", "none"] = "key"
-    max_in_flight: Annotated[int, Field(ge=1, le=100_000)] = 256
+    max_in_flight: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     max_in_flight_bytes: Bytes = 32 * MIB
     lease_seconds: Annotated[float, Field(ge=0.1, le=DAY)] = 30
     start: Annotated[str, BeforeValidator(start_or_time)] = "earliest"

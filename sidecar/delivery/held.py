@@ -48,6 +48,7 @@ class Held:
         "first_failed",
         "incoming",
         "lane",
+        "number",
         "postponed",
         "size",
         "state",
@@ -66,6 +67,8 @@ class Held:
         """How often the app crashed with it in its hands."""
         self.postponed = 0
         """How often in a row it was tried again without being counted."""
+        self.number = 0
+        """How many came before it."""
         event = incoming.event
         data = incoming.raw if event is None else event.data
         self.size = EVENT_BYTES + (len(data) if data else 0)

@@ -361,9 +361,12 @@ class Subscription:
         interval = source.hold_seconds
         if interval is None:
             return
+        arrivals = self.window.arrivals
         while True:
             await asyncio.sleep(interval)
-            source.hold(handles(self.window.held()))
+            # What came since the last time is held by having been fetched.
+            source.hold(handles(self.window.held(arrivals)))
+            arrivals = self.window.arrivals
 
     async def _settled(self) -> None:
         """While draining: until what is out is settled, and buried where that was its end."""

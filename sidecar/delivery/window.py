@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from sidecar.broker import Failures
@@ -76,6 +77,8 @@ class Window:
         self.leaving = 0
         self.stuck = 0
         self.bytes = 0
+        self.arrivals = 0
+        """How many ever came."""
 
     # -- how much there is
 
@@ -118,8 +121,9 @@ class Window:
     def holds(self, held: Held) -> bool:
         return id(held) in self._held
 
-    def held(self) -> Iterator[Held]:
-        return iter(self._held.values())
+    def held(self, arrivals: int) -> Iterator[Held]:
+        """Of the first so many that ever came, those that are here; oldest first."""
+        return takewhile(lambda held: held.number <= arrivals, self._held.values())
 
     # -- in
 
@@ -145,6 +149,8 @@ class Window:
         if past is not NOTHING:
             failures = most(failures, past.failures)
         held = Held(incoming, key, failures)
+        self.arrivals += 1
+        held.number = self.arrivals
         self._held[id(held)] = held
         self.bytes += held.size
         if identity is not None:

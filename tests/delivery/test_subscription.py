@@ -668,7 +668,7 @@ async def test_what_is_to_leave_waits_for_the_app_to_settle_what_it_has() -> Non
         app = sidecar.app(credit=3)
         await sidecar.publish("orders.x", *(make(str(n)) for n in range(6)))
         first, second, third = await app.take(3)
-        identities = [held.incoming.identity for held in app.subscription.window.held()]
+        identities = [held.incoming.identity for held in app.subscription.window.held(1 << 60)]
         done = broker.source.on_leaving(identities)
         assert done is not None
         sidecar_has = len(app.subscription.window)
@@ -694,7 +694,7 @@ async def test_what_is_to_leave_does_not_wait_for_ever(monkeypatch: pytest.Monke
         app = sidecar.app()
         await sidecar.publish("orders.x", make("1"))
         delivery = await app.one()
-        (held,) = app.subscription.window.held()
+        (held,) = app.subscription.window.held(1 << 60)
         done = broker.source.on_leaving([held.incoming.identity])
         assert done is not None
         async with asyncio.timeout(5):
@@ -711,7 +711,7 @@ async def test_nothing_waits_when_the_app_has_nothing() -> None:
         app = sidecar.app(credit=0)
         await sidecar.publish("orders.x", make("1"))
         await until(lambda: len(app.subscription.window) == 1)
-        (held,) = app.subscription.window.held()
+        (held,) = app.subscription.window.held(1 << 60)
 
         assert broker.source.on_leaving([held.incoming.identity]) is None
         assert len(app.subscription.window) == 0
