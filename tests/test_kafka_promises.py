@@ -212,9 +212,9 @@ async def test_the_readme_sends_realtime_types_to_nats_and_all_else_to_kafka(
     cluster: KafkaCluster,
 ) -> None:
     """The configuration is the one that is printed; metrics tell types, brokers and success apart."""
-    [printed] = re.findall(
+    printed = re.findall(
         r"^```toml\n(.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
+    )[0]
     tomllib.loads(printed)
     with NatsServer() as server:
         config = printed.replace("nats://nats:4222", server.url)
