@@ -18,6 +18,7 @@ from sidecar.brokers.memory import MemoryBroker
 from sidecar.brokers.nats.core import NatsBroker
 from sidecar.brokers.nats.jetstream import JetStreamBroker
 from sidecar.delivery.hub import Hub
+from sidecar.delivery.push.circuit import State as CircuitState
 from sidecar.embedded import EmbeddedServer
 from sidecar.errors import ConfigInvalid, SidecarError
 from sidecar.event import pattern_matcher
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from sidecar.config import Config
+    from sidecar.delivery.push.pusher import Pusher
 
 log = logging.getLogger(__name__)
 
@@ -351,6 +353,7 @@ class App:
                 s.window.lanes,
                 s.window.bytes,
                 s.dropped,
+                *_push_gauges(self.hub.pusher(s.settings.name)),
             )
             for s in self.hub.all()
         ]
@@ -372,6 +375,12 @@ class App:
             lines.append("publish your first event:")
             lines.append(f"  curl --unix-socket {config.http.unix_socket} {url} {body}")
         return lines
+
+
+def _push_gauges(pusher: Pusher | None) -> tuple[int, int, bool]:
+    if pusher is None:
+        return 0, 0, False
+    return pusher.requests, pusher.concurrency, pusher.circuit.state is not CircuitState.CLOSED
 
 
 def _topics(config: Config) -> Iterator[str]:

@@ -10,6 +10,7 @@ from sidecar import config
 from sidecar.broker import Broker, Start
 from sidecar.delivery.consumers import Delivery, PullConsumer
 from sidecar.delivery.deadletters import DeadLetters
+from sidecar.delivery.push.pusher import Pusher
 from sidecar.delivery.subscription import Subscription, bad_token
 from sidecar.errors import (
     ConfigInvalid,
@@ -67,8 +68,13 @@ class Hub:
         self._used: dict[str, float] = {}
         """When a described subscription was last seen in use."""
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._pushers: dict[str, Pusher] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self.draining = False
+
+    def pusher(self, name: str) -> Pusher | None:
+        """Of a subscription that has push."""
+        return self._pushers.get(name)
 
     def all(self) -> Sequence[Subscription]:
         return list(self._subscriptions.values())
@@ -91,6 +97,9 @@ class Hub:
             self._running[name] = self._tasks.create_task(
                 subscription.run(), name=f"subscription {name}"
             )
+            pusher = self._pushers.get(name)
+            if pusher is not None:
+                self._tasks.create_task(pusher.run(), name=f"push {name}")
 
     async def _keep_sweeping(self) -> None:
         while True:
@@ -133,6 +142,8 @@ class Hub:
         for subscription in self._subscriptions.values():
             for consumer in list(subscription.consumers):
                 consumer.closed(Draining("the sidecar is stopping"))
+        for pusher in self._pushers.values():  # also those that are no consumer right now
+            pusher.closed(Draining("the sidecar is stopping"))
         if self._tasks is not None and not self._drained.done():
             self._drained.set_result(None)
         return left
@@ -230,6 +241,8 @@ class Hub:
             declared=declared,
         )
         self._subscriptions[settings.name] = subscription
+        if settings.push is not None:
+            self._pushers[settings.name] = Pusher(subscription, facts=self._facts)
         return subscription
 
     def _dead_letters(self, settings: config.Subscription, source: Broker) -> DeadLetters:

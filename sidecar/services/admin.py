@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.timestamp_pb2 import Timestamp
 
 import sidecar
+from sidecar.delivery.push.circuit import State as CircuitState
 from sidecar.errors import NotSupported
 from sidecar.services.rpc import Call, UnaryMethod
 from sidecar.v1 import admin_pb2 as pb
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from sidecar.broker import Broker, BrokerState
     from sidecar.delivery.hub import Hub
+    from sidecar.delivery.push.pusher import Pusher
     from sidecar.delivery.subscription import Subscription
     from sidecar.publishing.publisher import Publisher
 
@@ -95,7 +97,10 @@ class Admin:
         not_ready = self._not_ready()
         async with asyncio.TaskGroup() as tasks:
             subscriptions = [
-                tasks.create_task(_subscription(subscription)) for subscription in self._hub.all()
+                tasks.create_task(
+                    _subscription(subscription, self._hub.pusher(subscription.settings.name))
+                )
+                for subscription in self._hub.all()
             ]
         return pb.GetStatusResponse(
             version=sidecar.__version__,
@@ -153,7 +158,7 @@ class Admin:
         return pb.SeekSubscriptionResponse()
 
 
-async def _subscription(subscription: Subscription) -> pb.SubscriptionStatus:
+async def _subscription(subscription: Subscription, pusher: Pusher | None) -> pb.SubscriptionStatus:
     settings, window = subscription.settings, subscription.window
     out, retrying = window.out, window.retrying
     partitions = await subscription.lag_by_partition()
@@ -182,10 +187,28 @@ async def _subscription(subscription: Subscription) -> pb.SubscriptionStatus:
         held_bytes=window.bytes,
         reestablished=subscription.reestablished,
         standby=subscription.standby,
+        push=None if pusher is None else _push(pusher),
         partitions=[
             pb.PartitionLag(topic=topic, partition=partition, lag_events=events)
             for (topic, partition), events in sorted(partitions.items())
         ],
+    )
+
+
+_CIRCUITS = {
+    CircuitState.CLOSED: pb.CIRCUIT_STATE_CLOSED,
+    CircuitState.OPEN: pb.CIRCUIT_STATE_OPEN,
+    CircuitState.HALF_OPEN: pb.CIRCUIT_STATE_HALF_OPEN,
+}
+
+
+def _push(pusher: Pusher) -> pb.PushStatus:
+    return pb.PushStatus(
+        url=pusher.url,
+        circuit=_CIRCUITS[pusher.circuit.state],
+        detail=pusher.circuit.detail,
+        concurrency=pusher.concurrency,
+        requests=pusher.requests,
     )
 
 

@@ -46,6 +46,16 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
+class Pushed:
+    """One request of push ended."""
+
+    subscription: str
+    outcome: str
+    """ack, nack, reject, timeout, unreachable or broken."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Reestablished:
     """The watchdog subscribed anew: there were events, and none came."""
 
@@ -72,6 +82,8 @@ class Facts(PublishFacts, Protocol):
     def settled(self, fact: Settled) -> None: ...
 
     def skipped(self, fact: Skipped) -> None: ...
+
+    def pushed(self, fact: Pushed) -> None: ...
 
     def reestablished(self, fact: Reestablished) -> None: ...
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sidecar.telemetry.facts import (
         DeadLettered,
         Published,
+        Pushed,
         Reestablished,
         Settled,
         Skipped,
@@ -58,6 +59,9 @@ class SubscriptionGauges:
     lanes: int
     held_bytes: int
     dropped: int
+    push_requests: int = 0
+    push_concurrency: int = 0
+    push_circuit_open: bool = False
 
 
 DESCRIBED = "described"
@@ -112,6 +116,13 @@ class Metrics:
             "sidecar_subscription_reestablished_total",
             "Times the watchdog subscribed anew.",
             ["subscription"],
+            registry=self.registry,
+        )
+        self._push_duration = Histogram(
+            "sidecar_push_duration_seconds",
+            "Requests of push, by what came of them.",
+            ["subscription", "outcome"],
+            buckets=_BUCKETS,
             registry=self.registry,
         )
         self._reconnects = Counter(
@@ -173,6 +184,10 @@ class Metrics:
 
     def skipped(self, fact: Skipped) -> None:
         self._skipped.labels(self._subscription(fact.subscription), fact.why).inc(fact.count)
+
+    def pushed(self, fact: Pushed) -> None:
+        subscription = self._subscription(fact.subscription)
+        self._push_duration.labels(subscription, fact.outcome).observe(fact.seconds)
 
     def reestablished(self, fact: Reestablished) -> None:
         self._reestablished.labels(self._subscription(fact.subscription)).inc()
@@ -254,6 +269,17 @@ class _Gauges(Collector):
             ("sidecar_in_flight_events", "Handed over, not settled.", "in_flight"),
             ("sidecar_retry_waiting_events", "Failed, waiting to be tried again.", "retry_waiting"),
             ("sidecar_lanes", "Keys with events here.", "lanes"),
+            ("sidecar_push_requests", "Requests of push under way.", "push_requests"),
+            (
+                "sidecar_push_concurrency",
+                "Requests of push that may be under way.",
+                "push_concurrency",
+            ),
+            (
+                "sidecar_push_circuit_open",
+                "1 while the app is down, and nothing is pushed.",
+                "push_circuit_open",
+            ),
             ("sidecar_held_bytes", "Bytes of the events that are here.", "held_bytes"),
             (
                 "sidecar_dropped_events",

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
     from sidecar.delivery.consumers import Delivery
     from sidecar.delivery.subscription import Subscription
-    from sidecar.telemetry.facts import DeadLettered, Published, Reestablished, Settled, Skipped
+    from sidecar.telemetry.facts import (
+        DeadLettered,
+        Published,
+        Pushed,
+        Reestablished,
+        Settled,
+        Skipped,
+    )
 
 DEADLINE_SECONDS = 8.0
 AT_ONCE = {"initial_seconds": 0.0, "max_seconds": 0.0}
@@ -161,6 +168,7 @@ class Heard:
         self.results: Counter[str] = Counter()
         self.dead: list[DeadLettered] = []
         self.skips: Counter[str] = Counter()
+        self.pushes: Counter[str] = Counter()
         self.reestablishments = 0
 
     def published(self, fact: Published) -> None:
@@ -171,6 +179,9 @@ class Heard:
 
     def skipped(self, fact: Skipped) -> None:
         self.skips[fact.why] += fact.count
+
+    def pushed(self, fact: Pushed) -> None:
+        self.pushes[fact.outcome] += 1
 
     def reestablished(self, fact: Reestablished) -> None:
         self.reestablishments += 1

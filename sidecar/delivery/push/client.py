@@ -1,0 +1,252 @@
+"""
+POST over kept connections, and exactly what became of each: a small HTTP/1.1 client.
+
+Of an answer that did not come it has to be known whether the app was reached, and whether the
+connection had been lying idle: that is what tells an app that is down from one that crashed with
+an event in its hands, and from one that had just closed an idle connection. It also costs a fifth
+of what aiohttp's client does for a request (see tests/benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections import deque
+from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from sidecar.delivery.push.answers import MAX_TEXT, Answer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+IDLE_SECONDS = 1.0
+"""A connection that lay idle for longer may be closed by the app just as we write to it."""
+MAX_HEAD_BYTES = 64 * 1024
+MAX_BODY_BYTES = 16 * 1024 * 1024
+"""An answer's body is read, so that the connection can be used again, but not without end."""
+_INFORMATIONAL = 200
+
+
+class Unreachable(Exception):
+    """No connection to the app: it never saw the request."""
+
+
+class Broken(Exception):
+    """The connection ended after the request was written, and before its answer was there."""
+
+
+class Client:
+    """Connections to one address, each with one request at a time."""
+
+    def __init__(self, socket: str, url: str, *, connect_seconds: float) -> None:
+        """*socket*: path of a Unix socket, or empty; *url*: as config.push_address gives it."""
+        parts = urlsplit(url)
+        self._socket = socket
+        self._host = parts.hostname or ""
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._port = parts.port or (443 if self._tls else 80)
+        self._connect_seconds = connect_seconds
+        self._idle: deque[_Connection] = deque()
+        self._all: set[_Connection] = set()
+        target = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
+        self._start = f"POST {target} HTTP/1.1\r\nhost: {parts.netloc}\r\n".encode()
+
+    @property
+    def connections(self) -> int:
+        return len(self._all)
+
+    async def probe(self) -> str:
+        """Try to connect; returns why that failed, or nothing. What comes of it is kept."""
+        try:
+            connection = await self._connect()
+        except Unreachable as error:
+            return str(error)
+        self._give_back(connection)
+        return ""
+
+    async def post(self, head: bytes, body: bytes) -> Answer:
+        """
+        POST *body*; *head* are header lines, each with its CRLF, but for host and content-length.
+
+        Raises Unreachable and Broken. Bound it in time: cancelled, it closes its connection.
+        """
+        request = b"%scontent-length: %d\r\n%s\r\n%s" % (self._start, len(body), head, body)
+        while True:
+            connection = self._take_idle() or await self._connect()
+            was_idle = connection.idle_seconds > IDLE_SECONDS
+            try:
+                answer = await connection.send(request)
+            except Broken:
+                if was_idle and not connection.answered:
+                    continue  # closed as we wrote: no word on the app, and the next is a fresh one
+                raise
+            except BaseException:
+                connection.abort()
+                raise
+            self._give_back(connection)
+            return answer
+
+    def _take_idle(self) -> _Connection | None:
+        while self._idle:
+            connection = self._idle.pop()  # the one used last is the least likely to be closed
+            if connection.usable:
+                return connection
+            connection.abort()
+        return None
+
+    def _give_back(self, connection: _Connection) -> None:
+        if connection.usable:
+            connection.rests()
+            self._idle.append(connection)
+        else:
+            connection.abort()
+
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_seconds):
+                if self._socket:
+                    _, made = await loop.create_unix_connection(self._new, self._socket)
+                else:
+                    _, made = await loop.create_connection(
+                        self._new, self._host, self._port, ssl=self._tls
+                    )
+        except TimeoutError:
+            raise Unreachable(f"no connection within {self._connect_seconds:g} s") from None
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise Unreachable(reason) from error
+        return made
+
+    def _new(self) -> _Connection:
+        connection = _Connection(self._all.discard)
+        self._all.add(connection)
+        return connection
+
+    def close(self) -> None:
+        """End all connections, whatever is under way on them."""
+        for connection in list(self._all):
+            connection.abort()
+        self._idle.clear()
+
+
+class _Connection(asyncio.Protocol):
+    """One connection; the parser calls its on_… methods."""
+
+    def __init__(self, gone: object) -> None:
+        self._gone = gone
+        self._transport: asyncio.Transport | None = None
+        self._waiting: asyncio.Future[Answer] | None = None
+        self._writable: asyncio.Event | None = None
+        self._loop = asyncio.get_running_loop()
+        self._rested_at = self._loop.time()
+        self._lost = False
+        self._reset()
+        self._reusable = True
+
+    def _reset(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self.answered = False
+        """A byte of an answer came."""
+        self._head_bytes = self._body_bytes = 0
+        self._retry_after = self._content_type = ""
+        self._text = b""
+        self._head_complete = False
+
+    @property
+    def usable(self) -> bool:
+        return not self._lost and self._reusable and self._transport is not None
+
+    @property
+    def idle_seconds(self) -> float:
+        return self._loop.time() - self._rested_at
+
+    def rests(self) -> None:
+        self._rested_at = self._loop.time()
+
+    def send(self, request: bytes) -> asyncio.Future[Answer]:
+        """Write a request; the future fails with Broken."""
+        self._reset()
+        self._waiting = waiting = self._loop.create_future()
+        if self._transport is None or self._lost:
+            self._break("the connection was closed")
+        else:
+            self._transport.write(request)
+        return waiting
+
+    def abort(self) -> None:
+        self._reusable = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- asyncio's protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
+
+    def data_received(self, data: bytes) -> None:
+        if self._waiting is None:  # nobody asked
+            self.abort()
+            return
+        self.answered = True
+        self._head_bytes += 0 if self._head_complete else len(data)
+        try:
+            if self._head_bytes > MAX_HEAD_BYTES or self._body_bytes > MAX_BODY_BYTES:
+                raise httptools.HttpParserError("too large")  # noqa: TRY301 - as any other answer
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._break(f"the answer is not HTTP: {error}")
+            self.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lost = True
+        if callable(self._gone):
+            self._gone(self)
+        if self._head_complete and self._waiting is not None and not self._reusable:
+            self._done()  # a body that ends with the connection
+        self._break("the connection ended before the answer" if error is None else str(error))
+
+    def _break(self, why: str) -> None:
+        self._reusable = False
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and not waiting.done():
+            waiting.set_exception(Broken(why))
+
+    # -- httptools' callbacks
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        lower = name.lower()
+        if lower == b"retry-after":
+            self._retry_after = value.decode("latin-1")
+        elif lower == b"content-type":
+            self._content_type = value.decode("latin-1").lower()
+
+    def on_headers_complete(self) -> None:
+        self._head_complete = True
+        self._reusable = self._parser.should_keep_alive()
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        if len(self._text) < MAX_TEXT:
+            self._text += body[: MAX_TEXT - len(self._text)]
+
+    def on_message_complete(self) -> None:
+        if self._parser.get_status_code() < _INFORMATIONAL:
+            self._head_complete = False  # as 100: the answer itself is still to come
+            return
+        self._done()
+
+    def _done(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and not waiting.done():
+            status = self._parser.get_status_code()
+            waiting.set_result(Answer(status, self._retry_after, self._content_type, self._text))
+
+
+def header_lines(headers: Sequence[tuple[str, str]]) -> bytes:
+    """As they stand in a request. Values are printable ASCII."""
+    return "".join([f"{name}: {value}\r\n" for name, value in headers]).encode("latin-1")

@@ -1,0 +1,58 @@
+"""Deliveries as HTTP requests: CloudEvents in binary, structured or batched mode."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import sidecar
+from sidecar.delivery.push.client import header_lines
+from sidecar.wire.attributes import header_text
+from sidecar.wire.cloudevents import BATCH_TYPE, JSON_TYPE, to_http, to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sidecar.config import Subscription as Settings
+    from sidecar.delivery.consumers import Delivery
+
+OURS = frozenset({"sidecar-subscription", "sidecar-topic", "sidecar-attempt"})
+_TRACE = ("traceparent", "tracestate", "baggage")
+
+
+class Requests:
+    """Makes the requests of one subscription: the lines that repeat are made once."""
+
+    def __init__(self, settings: Settings) -> None:
+        push = settings.push
+        assert push is not None
+        self._structured = push.content_mode == "structured"
+        self._batches = push.max_batch_events > 1
+        fixed = [
+            ("user-agent", f"sidecar/{sidecar.__version__}"),
+            ("sidecar-subscription", settings.name),
+            *((name.lower(), value) for name, value in push.headers.items()),
+        ]
+        self._fixed = header_lines(fixed)
+
+    def of(self, deliveries: Sequence[Delivery]) -> tuple[bytes, bytes]:
+        """Header lines and body of one request with all of them."""
+        if self._batches:
+            body = b"[%s]" % b",".join([to_json(delivery.event) for delivery in deliveries])
+            return self._fixed + b"content-type: %s; charset=utf-8\r\n" % BATCH_TYPE.encode(), body
+        (delivery,) = deliveries
+        event = delivery.event
+        if self._structured:
+            body = to_json(event)
+            headers = [("content-type", f"{JSON_TYPE}; charset=utf-8")]
+            headers += [
+                (name, header_text(event.headers[name], ascii_only=True))
+                for name in _TRACE
+                if name in event.headers
+            ]
+        else:
+            headers, body = to_http(event)
+            if event.headers:
+                headers = [(name, value) for name, value in headers if name not in OURS]
+        headers.append(("sidecar-topic", delivery.topic))
+        headers.append(("sidecar-attempt", str(delivery.attempt)))
+        return self._fixed + header_lines(headers), body
