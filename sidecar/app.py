@@ -29,6 +29,7 @@ from sidecar.servers.admin import AdminApp
 from sidecar.servers.asgi import Door
 from sidecar.servers.grpc import GrpcDoor
 from sidecar.servers.http import HttpApp
+from sidecar.servers.sse import EventStreams
 from sidecar.services.admin import Admin, Link
 from sidecar.services.pubsub import PubSub
 from sidecar.telemetry import logs
@@ -195,7 +196,10 @@ class App:
         )
         methods = (*pubsub.methods(), *admin.methods())
         self._grpc = GrpcDoor(methods, pubsub, config.limits)
-        self._http = HttpApp(methods, pubsub.publish_events, defaults, config.limits)
+        streams = EventStreams(self.hub, max_streams=config.limits.max_streams)
+        self._http = HttpApp(
+            methods, pubsub.publish_events, defaults, config.limits, streams=streams
+        )
         self.metrics.declared(
             (s.name for s in config.subscriptions), _topics(config), _event_types(config)
         )
@@ -237,7 +241,8 @@ class App:
                 app,
                 listening,
                 tasks=tasks,
-                max_connections=limits.max_streams,
+                # Open event streams may not keep out the calls that settle their deliveries.
+                max_connections=2 * limits.max_streams,
                 receive_seconds=limits.open_timeout_seconds,
             )
             await door.start()

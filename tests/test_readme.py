@@ -54,6 +54,8 @@ def test_the_shell_blocks_work_in_the_order_printed(default_sidecar: SidecarProc
     output = run("\n".join(shell), default_sidecar)
 
     assert output.count('"stored"') >= 2
+    assert "event: opened" in output
+    assert '"id":"order-2"' in output.partition("event: delivery")[2]
     assert '"attempts_of_nacked":2' in output or "go" not in "".join(shell)
 
 

@@ -95,6 +95,7 @@ class Subscription:
         self.consumers: list[Consumer] = []
         self.reestablished = 0
         """How often the watchdog subscribed anew."""
+        self._at_most: dict[Consumer, int] = {}
         self._facts = facts
         self._wants = wanted(settings.event_types, settings.filters)
         self._policy = RetryPolicy(settings.retry, random.Random())
@@ -411,11 +412,17 @@ class Subscription:
 
     # -- consumers
 
-    def attach(self, consumer: Consumer) -> None:
-        """Raises Draining."""
+    def attach(self, consumer: Consumer, *, at_most: int | None = None) -> None:
+        """
+        *at_most*: so many of its deliveries may be unsettled, and its credit follows from that.
+
+        Raises Draining.
+        """
         if self.draining:
             raise Draining("the sidecar is stopping: open no new consumers")
         self.consumers.append(consumer)
+        if at_most is not None:
+            self._at_most[consumer] = at_most
         self._last_used = asyncio.get_running_loop().time()
         self._wake.set()
         self._dispatch_soon()
@@ -428,6 +435,7 @@ class Subscription:
         """
         if consumer in self.consumers:
             self.consumers.remove(consumer)
+        self._at_most.pop(consumer, None)
         left = self.window.out_to(consumer)
         if clean or self.draining:
             for held in reversed(left):
@@ -473,6 +481,8 @@ class Subscription:
         window = self.window
         now = asyncio.get_running_loop().time()
         lease_end = now + self.settings.lease_seconds
+        if self._at_most:
+            self._renew_credit()
         hungry = [c for c in self.consumers if c.credit > 0 and c.takes_more]
         while window.has_ready and hungry:
             share = -(-window.ready // len(hungry))
@@ -495,6 +505,12 @@ class Subscription:
         self._arm()
         if window.room:
             self._wake.set()
+
+    def _renew_credit(self) -> None:
+        """However a delivery ended, it frees one."""
+        out = self.window.out_by_consumer()
+        for consumer, most in self._at_most.items():
+            consumer.credit = most - out[consumer]
 
     def _is_to_be_handed(self, held: Held) -> bool:
         """The last look before the app gets it; false: it was dealt with in another way."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -363,6 +363,10 @@ class Window:
     def out_to(self, consumer: object) -> list[Held]:
         """What a consumer has, oldest first."""
         return [held for held in self._out.values() if held.consumer is consumer]
+
+    def out_by_consumer(self) -> Counter[object]:
+        """How many each consumer has."""
+        return Counter(held.consumer for held in self._out.values())
 
     # -- forgetting
 

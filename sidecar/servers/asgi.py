@@ -35,6 +35,15 @@ async def respond(send: Send, response: Response, *, more_body: bool = False) ->
     await send({"type": "http.response.body", "body": body, "more_body": more_body})
 
 
+def write_through(scope: Scope) -> None:
+    """
+    For a response that is written piece by piece: from now on `send` first waits until the system
+    has taken all that was sent before, so that what a slow reader leaves is not kept here.
+    """
+    connection: _Connection = scope["state"]["connection"]
+    connection.transport.set_write_buffer_limits(high=0)
+
+
 class Door:
     """
     One ASGI app on several listening sockets.

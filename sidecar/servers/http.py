@@ -27,13 +27,15 @@ from sidecar.servers.connect import (
     error_response,
     fault_response,
 )
+from sidecar.servers.sse import SUBSCRIPTIONS
 from sidecar.services.rpc import Call, UnaryMethod
 from sidecar.wire import status
-from sidecar.wire.cloudevents import Defaults, from_http
+from sidecar.wire.cloudevents import Defaults, from_http, position_fields
 
 if TYPE_CHECKING:
     from sidecar.config import Limits
     from sidecar.event import Outcome
+    from sidecar.servers.sse import EventStreams
 
 Publish = Callable[[str, Sequence[Event | SidecarError], Call], Awaitable[Sequence["Outcome"]]]
 
@@ -54,6 +56,8 @@ class HttpApp:
         publish: Publish,
         defaults_for: Callable[[str], Defaults],
         limits: Limits,
+        *,
+        streams: EventStreams | None = None,
     ) -> None:
         """
         *publish* gets a topic, its events (an unusable one as its error) and the call, and answers
@@ -63,6 +67,7 @@ class HttpApp:
         self._methods = self._connect.methods
         self._publish = publish
         self._defaults_for = defaults_for
+        self._streams = streams
         # Base64 makes a third more of the data; the exact limit is for whoever sees the events.
         self._max_body = limits.max_batch_bytes * 3 // 2 + 65536
         self._room = LARGE_BODIES * self._max_body
@@ -70,7 +75,10 @@ class HttpApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
         if scope["method"] != "POST" or not (path in self._methods or path.startswith(TOPICS)):
-            await respond(send, self._elsewhere(scope["method"], path))
+            if self._streams is not None and path.startswith(SUBSCRIPTIONS):
+                await self._streams(scope, receive, send)
+            else:
+                await respond(send, self._elsewhere(scope["method"], path))
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
         if int(headers.get(b"content-length", b"0")) > self._max_body:
@@ -194,7 +202,8 @@ class HttpApp:
         return error_response(hint, http_status=404)
 
     def _index(self) -> Mapping[str, object]:
-        return {"cloudevents": f"POST {TOPICS}{{topic}}", "rpcs": list(self._methods)}
+        streams = {"events": f"GET {SUBSCRIPTIONS}{{name}}/events"} if self._streams else {}
+        return {"cloudevents": f"POST {TOPICS}{{topic}}", **streams, "rpcs": list(self._methods)}
 
 
 # -- bodies
@@ -316,12 +325,8 @@ def _receipt(receipt: Receipt) -> dict[str, object]:
         "durability": _DURABILITY[receipt.durability],
         "duplicate": receipt.duplicate,
     }
-    position = receipt.position
-    if position is not None:
-        if position.partition is None:
-            body["position"] = {"stream": position.stream, "sequence": position.sequence}
-        else:
-            body["position"] = {"partition": position.partition, "offset": position.offset}
+    if receipt.position is not None:
+        body["position"] = position_fields(receipt.position)
     return body
 
 

@@ -28,6 +28,8 @@ from sidecar.wire.timestamps import format_rfc3339
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from sidecar.event import Position
+
 __all__ = [
     "Defaults",
     "from_http",
@@ -37,6 +39,7 @@ __all__ = [
     "is_structured",
     "json_fields",
     "make_event",
+    "position_fields",
     "to_http",
     "to_json",
 ]
@@ -222,6 +225,13 @@ def to_json(event: Event) -> bytes:
             event.data if embedded is None else embedded
         )
     return _encode_json(members)
+
+
+def position_fields(position: Position) -> Mapping[str, object]:
+    """A position as our JSON has it, beside an event or in its receipt."""
+    if position.partition is None:
+        return {"stream": position.stream, "sequence": position.sequence}
+    return {"partition": position.partition, "offset": position.offset}
 
 
 def _embeddable(data: bytes, kind: str) -> msgspec.Raw | str | None:
