@@ -198,6 +198,13 @@ def subscribe(
     broker: Annotated[
         str, typer.Option(help="With --name: the broker.", show_default="the topic's route")
     ] = "",
+    filter: Annotated[  # noqa: A002 - the option's name
+        list[str] | None,
+        typer.Option(
+            metavar="ATTRIBUTE=VALUE",
+            help='With --name: only events with this, or with a value that begins so: "type=order.*".',
+        ),
+    ] = None,
     count: Annotated[
         int | None, typer.Option("--count", "-n", min=1, help="End after so many events.")
     ] = None,
@@ -231,6 +238,7 @@ def subscribe(
         name=name,
         start=start,
         broker=broker,
+        filters=filter or (),
         count=count,
         ack=not no_ack,
     )

@@ -13,10 +13,10 @@ import msgspec
 import typer
 
 from sidecar.cli import calling, events, exits
-from sidecar.client import SubscriptionSpec
+from sidecar.client import Filter, SubscriptionSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from sidecar.client import Consumer, SettleFailed, Sidecar, StartAt, StreamDelivery
 
@@ -41,19 +41,37 @@ def job_of(
     name: str,
     start: str,
     broker: str,
+    filters: Sequence[str],
     count: int | None,
     ack: bool,
 ) -> Job:
     """Raises BadParameter."""
     if not name:
-        if start or broker:
+        if start or broker or filters:
             raise typer.BadParameter(
-                "--start and --broker describe a subscription: give it a --name"
+                "--start, --broker and --filter describe a subscription: give it a --name"
             )
         return Job(target, subscription, count, ack)
     begin = _start(start) if start else None
-    spec = SubscriptionSpec(name=name, topic=subscription, broker=broker, start=begin)
+    spec = SubscriptionSpec(
+        name=name,
+        topic=subscription,
+        broker=broker,
+        start=begin,
+        filters=[_filter(text) for text in filters],
+    )
     return Job(target, spec, count, ack)
+
+
+def _filter(text: str) -> Filter:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise typer.BadParameter(
+            f'--filter {text!r}: use ATTRIBUTE=VALUE, as "type=order.created", or "type=order.*"'
+        )
+    if value.endswith("*"):
+        return Filter.prefix(**{name: value[:-1]})
+    return Filter.exact(**{name: value})
 
 
 def _start(text: str) -> StartAt:

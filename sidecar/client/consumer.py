@@ -44,7 +44,12 @@ class StreamDelivery(Delivery, frozen=True, eq=False):
     def nack(
         self, *, delay: float | None = None, reason: str = "", uncounted: bool = False
     ) -> None:
-        """Failed: again after *delay* seconds, or when the retry policy says. *uncounted*: not now."""
+        """
+        Failed: again after *delay* seconds, or when the retry policy says. *uncounted*: not now.
+
+        *reason* is for retry rules, the dead letter and the logs; rules see what is before a colon,
+        as in "RATE_LIMITED: try the other region".
+        """
         self._stream.settle(
             messages.settlement_to(Settlement(self.token, Verdict.NACK, delay, reason, uncounted))
         )

@@ -16,6 +16,7 @@ from sidecar.client.values import (
     BrokerStatus,
     CallFailed,
     Delivery,
+    Filter,
     Opened,
     PartitionLag,
     PublishFailed,
@@ -73,7 +74,22 @@ def _details(error: Any) -> Sequence[Any]:
 # -- protobuf messages to values and back
 
 _DURABILITIES: Mapping[int, Durability] = {int(d): d for d in Durability}
-_ORDERINGS = {"": 0, "key": pubsub_pb2.ORDERING_KEY, "none": pubsub_pb2.ORDERING_NONE}
+_ORDERINGS = {
+    "": pubsub_pb2.ORDERING_UNSPECIFIED,
+    "key": pubsub_pb2.ORDERING_KEY,
+    "key_per_replica": pubsub_pb2.ORDERING_KEY_PER_REPLICA,
+    "none": pubsub_pb2.ORDERING_NONE,
+}
+_EXPIRED = {
+    "": pubsub_pb2.EXPIRED_UNSPECIFIED,
+    "dead_letter": pubsub_pb2.EXPIRED_DEAD_LETTER,
+    "drop": pubsub_pb2.EXPIRED_DROP,
+}
+_ACTIONS = {
+    "retry": pubsub_pb2.RETRY_ACTION_RETRY,
+    "reject": pubsub_pb2.RETRY_ACTION_REJECT,
+    "retry_uncounted": pubsub_pb2.RETRY_ACTION_RETRY_UNCOUNTED,
+}
 
 
 def event_to(event: Event) -> event_pb2.Event:
@@ -202,7 +218,7 @@ def _spec_to(spec: SubscriptionSpec) -> pubsub_pb2.SubscriptionSpec:
         name=spec.name,
         topic=spec.topic,
         broker=spec.broker,
-        ordering=_ORDERINGS[spec.ordering],  # type: ignore[arg-type] # an enum's number
+        ordering=_ORDERINGS[spec.ordering],
         max_in_flight=spec.max_in_flight,
         lease=duration_to(spec.lease_seconds),
         retry=None if spec.retry is None else _retry_to(spec.retry),
@@ -210,7 +226,24 @@ def _spec_to(spec: SubscriptionSpec) -> pubsub_pb2.SubscriptionSpec:
         dead_letter_broker=spec.dead_letter_broker,
         start=None if spec.start is None else start_to(spec.start),
         event_types=spec.event_types,
+        max_in_flight_bytes=spec.max_in_flight_bytes,
+        filters=[_filter_to(one) for one in spec.filters],
+        expired=_EXPIRED[spec.expired],
+        duplicate_window=duration_to(spec.duplicate_window_seconds),
+        watchdog=duration_to(spec.watchdog_seconds),
     )
+
+
+def _filter_to(condition: Filter) -> pubsub_pb2.Filter:
+    dialect = condition.dialect
+    if dialect == "not":
+        [part] = condition.parts
+        value: Any = _filter_to(part)
+    elif dialect in {"all", "any"}:
+        value = pubsub_pb2.FilterList(filters=[_filter_to(part) for part in condition.parts])
+    else:
+        value = pubsub_pb2.AttributeValues(attributes=condition.attributes)
+    return pubsub_pb2.Filter(**{dialect: value})
 
 
 def _retry_to(retry: RetryPolicy) -> pubsub_pb2.RetryPolicy:
@@ -221,6 +254,15 @@ def _retry_to(retry: RetryPolicy) -> pubsub_pb2.RetryPolicy:
         multiplier=retry.multiplier,
         jitter=retry.jitter,
         total=duration_to(retry.total_seconds),
+        max_crashes=retry.max_crashes,
+        rules=[
+            pubsub_pb2.RetryRule(
+                reason=rule.reason,
+                action=_ACTIONS[rule.action],
+                delay=duration_to(rule.delay_seconds),
+            )
+            for rule in retry.rules
+        ],
     )
 
 

@@ -67,6 +67,16 @@ class CallFailed(Exception):
         """Seconds to wait before the next try, where the sidecar says so."""
 
 
+class RetryRule(msgspec.Struct, frozen=True):
+    """What is done about deliveries that failed for a certain reason; the first that matches decides."""
+
+    reason: str
+    """The reason of a nack, as far as its first colon; "*" and "?" as in file names."""
+    action: Literal["retry", "reject", "retry_uncounted"]
+    delay_seconds: float | None = None
+    """Instead of the policy's, unless the nack names one."""
+
+
 class RetryPolicy(msgspec.Struct, frozen=True):
     """How failed deliveries are tried again. None: the configuration's default."""
 
@@ -76,6 +86,52 @@ class RetryPolicy(msgspec.Struct, frozen=True):
     multiplier: float | None = None
     jitter: float | None = None
     total_seconds: float | None = None
+    max_crashes: int | None = None
+    """An event that the app had when it crashed so often is a dead letter."""
+    rules: Sequence[RetryRule] = ()
+
+
+class Filter(msgspec.Struct, frozen=True):
+    """
+    A condition on the attributes and extensions of an event, made by `exact`, `prefix` and `suffix`.
+
+    Several attributes in one of them must all match. Combine them with "&", "|" and "~":
+
+        Filter.exact(type="order.created") & ~Filter.prefix(subject="test/")
+    """
+
+    dialect: Literal["exact", "prefix", "suffix", "all", "any", "not"]
+    attributes: Mapping[str, str] = NOTHING
+    parts: Sequence[Filter] = ()
+
+    @classmethod
+    def exact(cls, **attributes: str) -> Filter:
+        """Each attribute has this value."""
+        return cls("exact", attributes)
+
+    @classmethod
+    def prefix(cls, **attributes: str) -> Filter:
+        """Each attribute's value begins with this."""
+        return cls("prefix", attributes)
+
+    @classmethod
+    def suffix(cls, **attributes: str) -> Filter:
+        """Each attribute's value ends with this."""
+        return cls("suffix", attributes)
+
+    def __and__(self, other: Filter) -> Filter:
+        return self._joined("all", other)
+
+    def __or__(self, other: Filter) -> Filter:
+        return self._joined("any", other)
+
+    def __invert__(self) -> Filter:
+        return Filter("not", parts=(self,))
+
+    def _joined(self, dialect: Literal["all", "any"], other: Filter) -> Filter:
+        """In a row, `a & b & c` is one list of three."""
+        first = self.parts if self.dialect == dialect else (self,)
+        return Filter(dialect, parts=(*first, other))
 
 
 class SubscriptionSpec(msgspec.Struct, frozen=True):
@@ -86,7 +142,7 @@ class SubscriptionSpec(msgspec.Struct, frozen=True):
     topic: str
     """A topic, or a pattern with "*" (one token) and ">" (the rest)."""
     broker: str = ""
-    ordering: Literal["", "key", "none"] = ""
+    ordering: Literal["", "key", "key_per_replica", "none"] = ""
     max_in_flight: int = 0
     lease_seconds: float | None = None
     retry: RetryPolicy | None = None
@@ -95,6 +151,15 @@ class SubscriptionSpec(msgspec.Struct, frozen=True):
     start: StartAt | None = None
     """For a new subscription only; one that exists goes on where it was."""
     event_types: Sequence[str] = ()
+    max_in_flight_bytes: int = 0
+    filters: Sequence[Filter] = ()
+    """Only events for which all are true."""
+    expired: Literal["", "dead_letter", "drop"] = ""
+    """What becomes of an event past its extension `expirytime`."""
+    duplicate_window_seconds: float | None = None
+    """An event that was acked here is not handed over again within this time."""
+    watchdog_seconds: float | None = None
+    """Without progress for so long, though there are events, it is subscribed anew; 0: never."""
 
 
 class Opened(msgspec.Struct, frozen=True):
