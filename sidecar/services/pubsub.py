@@ -110,6 +110,9 @@ class PubSub:
         deliveries = await self._hub.pull(
             subscription, request.max_events or 1, min(wait, MAX_PULL_SECONDS)
         )
+        deliveries, *too_many = _parts(deliveries)
+        # What the caller's gRPC refuses for its size, it would get again until it is a dead letter.
+        subscription.hand_back([delivery.token for part in too_many for delivery in part])
         response = pb.PullResponse(lease=status.duration(subscription.settings.lease_seconds))
         put_deliveries(response.deliveries, deliveries)
         return response

@@ -104,7 +104,8 @@ class PubSubServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pull(self, request, context):
-        """Consume without holding a stream: wait for up to max_events deliveries, settle them by token.
+        """Consume without holding a stream: wait for up to max_events deliveries, settle them by token. A
+        message has at most 2 MiB of events, or one larger one: the others are left for the next pull.
 
         As Subscribe. An empty answer is no error: nothing came within the wait.
         """
