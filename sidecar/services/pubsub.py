@@ -112,7 +112,8 @@ class PubSub:
         )
         deliveries, *too_many = _parts(deliveries)
         # What the caller's gRPC refuses for its size, it would get again until it is a dead letter.
-        subscription.hand_back([delivery.token for part in too_many for delivery in part])
+        if too_many:
+            subscription.hand_back([delivery.token for part in too_many for delivery in part])
         response = pb.PullResponse(lease=status.duration(subscription.settings.lease_seconds))
         put_deliveries(response.deliveries, deliveries)
         return response
@@ -142,10 +143,10 @@ class PubSub:
         )
         opened = proto.subscription_to(subscription.settings)
         opened.broker = subscription.broker.name
-        await write(pb.SubscribeResponse(opened=opened))
         subscription.attach(consumer)
         clean = False
         try:
+            await write(pb.SubscribeResponse(opened=opened))
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(consumer.pump(write))
                 self._apply(first, subscription, consumer)
@@ -157,6 +158,7 @@ class PubSub:
         except* SidecarError as group:
             raise group.exceptions[0] from None
         finally:
+            subscription.hand_back(consumer.unwritten())
             subscription.detach(consumer, clean=clean or self._hub.draining)
 
     async def _first(
@@ -243,6 +245,10 @@ class StreamConsumer:
     def _put(self, response: pb.SubscribeResponse) -> None:
         self._queue.append(response)
         self._filled.set()
+
+    def unwritten(self) -> Sequence[str]:
+        """Tokens of deliveries that never left: the app did not fail with them."""
+        return [delivery.token for response in self._queue for delivery in response.deliveries]
 
     def finish(self) -> None:
         """The client has said all: `pump` ends when what waits is written."""

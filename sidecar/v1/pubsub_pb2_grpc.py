@@ -93,7 +93,7 @@ class PubSubServicer:
         """Consume a subscription: open, give credit, receive deliveries, settle them, give more credit.
         Consumers of one subscription share its events. Half-close to leave: settlements sent before
         count, the stream ends, and what is unsettled is handed to another consumer at once, uncounted. A stream that
-        breaks does the same, but its deliveries count as attempts.
+        breaks does the same, but its deliveries count as attempts, but for those that were never written.
 
         INVALID_ARGUMENT: bad open, or the first message is not open. NOT_FOUND: no such subscription or topic.
         FAILED_PRECONDITION: an inline description that differs from the one in use, or that its broker

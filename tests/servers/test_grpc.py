@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,14 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from sidecar.services.pubsub import PublishStream
+from sidecar.config import Limits
+from sidecar.services.pubsub import PublishStream, PubSub
 from sidecar.v1 import event_pb2
 from sidecar.v1 import pubsub_pb2 as pb
 from sidecar.wire.cloudevents import Defaults
-from tests.delivery.stage import Sidecar, memory
+from tests.delivery.stage import AT_ONCE, Sidecar, ids, memory, numbers, running
+from tests.delivery.stage import event as make
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -168,3 +172,74 @@ async def test_a_fault_fails_its_sequence_alone_and_is_logged_once(
     assert len(faults) == 1
     assert "RuntimeError" in faults[0].getMessage()
     assert "quote" not in caplog.text
+
+
+# -- a consumer that goes
+
+
+class Reader:
+    """A client of Subscribe as the service sees it: it takes *takes* messages, and then it is gone."""
+
+    def __init__(self, takes: int) -> None:
+        self._takes = takes
+        self._first = [
+            pb.SubscribeRequest(open=pb.SubscribeOpen(subscription="billing"), credit=1000)
+        ]
+        self.got: list[pb.SubscribeResponse] = []
+        self.gone = asyncio.Event()
+        """Set it when the connection is to break."""
+
+    async def read(self) -> pb.SubscribeRequest | None:
+        if self._first:
+            return self._first.pop()
+        await self.gone.wait()
+        raise ConnectionResetError
+
+    async def write(self, response: pb.SubscribeResponse) -> None:
+        if len(self.got) == self._takes:
+            await self.gone.wait()
+            raise ConnectionResetError
+        self.got.append(response)
+
+
+def service(sidecar: Sidecar) -> PubSub:
+    return PubSub(
+        sidecar.publisher,
+        sidecar.hub,
+        defaults_for=lambda _: Defaults(source="s", type="t"),
+        limits=Limits(),
+    )
+
+
+async def test_what_never_left_for_a_consumer_that_goes_is_no_attempt() -> None:
+    """Only what was written, or was being written, was in the app's hands."""
+    async with running() as sidecar:
+        subscription = sidecar.subscription(retry=AT_ONCE)
+        big = bytes(900_000)
+        await sidecar.publish("orders.new", *(make(i, data=big) for i in numbers(0, 20)))
+        reader = Reader(takes=2)  # what it opened, and two events: a message has at most 2 MiB
+        consuming = asyncio.create_task(service(sidecar).consume(reader.read, reader.write))
+        await until(lambda: subscription.window.out == 20)
+        reader.gone.set()
+        await consuming
+        released = sidecar.heard.results["released"]
+        app = sidecar.app(subscription)
+        again = []
+        for _ in range(20):
+            again.append(delivery := await app.one())
+            app.ack(delivery)  # after a crash, what the app had comes one at a time
+
+    assert [len(response.deliveries) for response in reader.got] == [0, 2]
+    assert sorted(ids(again), key=int) == numbers(0, 20)
+    assert {d.event.id for d in again if d.attempt == 2} == {"0", "1", "2", "3"}
+    assert released == 16
+
+
+async def test_a_consumer_that_goes_before_it_is_told_that_it_is_open_leaves_nothing() -> None:
+    async with running() as sidecar:
+        subscription = sidecar.subscription()
+        reader = Reader(takes=0)
+        reader.gone.set()
+        await service(sidecar).consume(reader.read, reader.write)
+
+        assert subscription.consumers == []
