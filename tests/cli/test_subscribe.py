@@ -37,6 +37,16 @@ def test_no_ack_releases_what_it_showed(sidecar: Running, topic: str) -> None:
     assert {line["attempt"] for line in looked + consumed} == {1}
 
 
+def test_a_filter_shows_only_what_it_says(sidecar: Running, topic: str) -> None:
+    """All of them must be true; one that ends in a star is for values that begin so."""
+    for kind, subject in (("a.x", "eu/1"), ("a.y", "us/1"), ("b.x", "eu/2"), ("a.z", "eu/3")):
+        publish(sidecar, topic, "data", "--type", kind, "--subject", subject)
+    filters = ("--filter", "type=a.*", "--filter", "subject=eu/*")
+    shown = consume(sidecar, topic, 2, *filters).lines
+
+    assert sorted(line["event"]["subject"] for line in shown) == ["eu/1", "eu/3"]
+
+
 async def test_no_ack_keeps_what_it_shows_beyond_the_lease(sidecar: Running, topic: str) -> None:
     """A long look must not use up attempts: nobody else gets what it holds, until it ends."""
     spec = SubscriptionSpec(name_of(topic), topic, lease_seconds=0.5)
