@@ -93,6 +93,10 @@ class Log(msgspec.Struct, frozen=True):
     """Above the highest one. What is stored later is at this or above."""
     incarnation: str = ""
     """Another one means other events, as of a topic that was deleted and made anew."""
+    may_have_gaps: bool = False
+    """Events go from its middle too, as those of a work queue when they are acked."""
+    duplicate_seconds: float = 0.0
+    """For so long the broker knows what it stored, also when it is gone; 0: it does not say."""
 
 
 class StoredEvent(msgspec.Struct, frozen=True, gc=False):
@@ -333,6 +337,14 @@ class Broker(ABC):
         Raises BrokerUnavailable, BrokerRefused.
         """
         raise NotSupported(f"broker {self.name!r} keeps no events to look at", broker=self.name)
+
+    async def keep(self, topic: str) -> None:  # noqa: B027 - most keep everything
+        """
+        See to it that events on *topic* can be stored, in one order, and stay for ever.
+
+        Makes its place where the settings allow that; what somebody else made is taken as it is.
+        Raises TopicMissing, saying what to make; BrokerUnavailable, BrokerRefused.
+        """
 
     async def delete(self, log: Log, numbers: Sequence[int]) -> None:
         """

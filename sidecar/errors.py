@@ -105,6 +105,12 @@ class SubscriptionMissing(SidecarError):
     code = "SUBSCRIPTION_MISSING"
 
 
+class DeadLetterMissing(SidecarError):
+    """No dead letter of this id, or no broker of its name."""
+
+    code = "DEAD_LETTER_MISSING"
+
+
 class SubscriptionConflict(SidecarError):
     """The description differs from the subscription of that name that is in use."""
 

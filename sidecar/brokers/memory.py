@@ -107,7 +107,9 @@ class MemoryBroker(Broker):
 
     async def logs(self, pattern: str) -> Sequence[Log]:
         first, end = self.log.first, self.log.next_sequence
-        return [Log(pattern, None, STREAM, first, end, self._incarnation)]
+        window = self._settings.duplicate_window_seconds
+        log = Log(pattern, None, STREAM, first, end, self._incarnation, duplicate_seconds=window)
+        return [log]
 
     async def read(self, log: Log, start: int, limit: int) -> Sequence[StoredEvent]:
         return self.log.read(log, start, limit)

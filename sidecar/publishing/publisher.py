@@ -64,6 +64,11 @@ class Publisher:
     def pending(self, broker: str) -> Pending:
         return self._pending[broker]
 
+    @property
+    def timeout_seconds(self) -> float:
+        """What a publish may take at its broker."""
+        return self._settings.timeout_seconds
+
     async def publish(
         self,
         topic: str,
@@ -127,15 +132,18 @@ class Publisher:
         *,
         broker_ids: Sequence[str],
         label: str,
+        timeout: float | None = None,
+        wait: float | None = None,
     ) -> Sequence[Outcome]:
         """
         For the sidecar's own (dead letters): past the routes, under other broker ids.
 
-        *label* is the topic in metrics.
+        *label* is the topic in metrics. *wait*: seconds to wait for room, None for ever; raises
+        QueueFull.
         """
         group = _Group(broker, label, events, range(len(events)))
-        timeout = self._settings.timeout_seconds
-        return await (await self._hand_over(topic, group, timeout, None, broker_ids))
+        timeout = timeout or self._settings.timeout_seconds
+        return await (await self._hand_over(topic, group, timeout, wait, broker_ids))
 
     def _check(self, topic: str, events: Sequence[Event | SidecarError]) -> None:
         if self.draining:

@@ -32,6 +32,7 @@ _CODES: Mapping[type[errors.SidecarError], int] = {
     errors.NoRoute: NOT_FOUND,
     errors.TopicMissing: NOT_FOUND,
     errors.SubscriptionMissing: NOT_FOUND,
+    errors.DeadLetterMissing: NOT_FOUND,
     errors.SubscriptionConflict: FAILED_PRECONDITION,
     errors.NotSupported: FAILED_PRECONDITION,
     errors.BrokerRefused: FAILED_PRECONDITION,

@@ -1,0 +1,476 @@
+"""Looking at dead letters, redriving and discarding them: on the memory broker, with a told clock."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sidecar.config import Memory
+from sidecar.delivery.redrive.batch import Order
+from sidecar.delivery.redrive.claims import good_for
+from sidecar.delivery.redrive.filters import Filter
+from sidecar.delivery.redrive.letter import LetterId
+from sidecar.delivery.redrive.marks import Kind, State
+from sidecar.errors import (
+    BrokerUnavailable,
+    DeadLetterMissing,
+    Draining,
+    InvalidRequest,
+    SubscriptionMissing,
+)
+from tests.delivery.stage import Moody, memory
+from tests.redrive.stage import DLQ, FAST, Desked, desked, ids, letter, serving
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sidecar.event import Event, Outcome
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def numbers(first: int, end: int) -> list[str]:
+    return [str(n) for n in range(first, end)]
+
+
+# -- looking
+
+
+async def test_a_list_has_what_the_headers_say() -> None:
+    async with desked() as one:
+        await one.store(letter(0, generation=2, first_failed="2026-01-31T12:00:00Z"))
+        (found,) = await one.listed()
+    it = found.letter
+
+    assert found.state is State.OPEN
+    assert (it.says("subscription"), it.says("reason"), it.attempts) == ("billing", "rejected", 3)
+    assert (it.generation, it.last_failed_ns - it.first_failed_ns) == (2, 10**9)
+    assert it.came_from is not None
+    assert (it.came_from.stream, it.came_from.sequence) == ("memory", 1)
+    assert (it.event.data, it.data_bytes) == (None, 7)
+    assert it.original().headers == {"traceparent": "00-1-1-01"}
+
+
+async def test_what_old_dead_letters_do_not_say_is_not_known() -> None:
+    async with desked() as one:
+        await one.store(letter(0, attempts="", time="", sequence="", stream=""))
+        (found,) = await one.listed()
+    it = found.letter
+
+    assert (it.generation, it.attempts, it.first_failed_ns, it.last_failed_ns) == (1, 0, 0, 0)
+    assert it.came_from is None
+
+
+@pytest.mark.parametrize("oldest_first", [True, False])
+async def test_pages_give_each_once_in_order(*, oldest_first: bool) -> None:
+    """Over several logs, and in a stream that has more of others than of them."""
+    first, second = memory("memory"), memory("second")
+    async with desked(first, second) as one:
+        one.subscription("mailing", topic="mail.>", broker="second")
+        for n in range(60):
+            if n % 3:
+                await one.store(letter(n))
+            else:
+                mail = letter(n, subscription="mailing", topic="mail.in")
+                await second.publish("dlq.mail.in", [mail])
+            await one.publish("orders.created", *[letter(1000 * n + m) for m in range(1, 30)])
+        pages = []
+        token = ""
+        while True:
+            page = await one.page(size=7, token=token, oldest_first=oldest_first)
+            pages.append(page)
+            token = page.token
+            if not token:
+                break
+    listed = [i for page in pages for i in ids(list(page.letters))]
+
+    expected = numbers(0, 60)
+    assert listed == (expected if oldest_first else expected[::-1])
+    assert max(len(page.letters) for page in pages) == 7
+
+
+@pytest.mark.parametrize("oldest_first", [True, False])
+async def test_what_comes_while_one_turns_pages_is_not_of_the_list(*, oldest_first: bool) -> None:
+    async with desked() as one:
+        await one.store(*[letter(n) for n in range(6)])
+        page = await one.page(size=3, oldest_first=oldest_first)
+        await one.store(letter(100))
+        rest = await one.listed(size=3, token=page.token, oldest_first=oldest_first)
+
+    expected = numbers(0, 6)
+    assert ids([*page.letters, *rest]) == (expected if oldest_first else expected[::-1])
+
+
+async def test_a_token_of_another_list_is_refused() -> None:
+    async with desked() as one:
+        await one.store(*[letter(n) for n in range(5)])
+        token = (await one.page(size=2)).token
+        for bad in ("x", "!!", token[:-8]):
+            with pytest.raises(InvalidRequest):
+                await one.page(size=2, token=bad)
+        with pytest.raises(InvalidRequest):
+            await one.page(Filter(key="k1"), size=2, token=token)
+
+
+async def test_only_dead_letters_of_this_sidecars_subscriptions_are_listed() -> None:
+    """Not what lies beside them; of others', when their topic is named."""
+    async with desked() as one:
+        plain = letter(1)
+        await one.store(
+            letter(0),
+            letter(2, subscription="another"),
+            type(plain)(id="1", source="/shop", type="t", time_ns=1),
+        )
+        ours = await one.listed()
+        named = await one.listed(Filter(dead_letter_broker="memory", dead_letter_topic="dlq.>"))
+        with pytest.raises(SubscriptionMissing):
+            await one.listed(Filter(subscription="another"))
+        with pytest.raises(DeadLetterMissing):
+            await one.listed(Filter(dead_letter_broker="none", dead_letter_topic="dlq.>"))
+
+    assert ids(ours) == ["0"]
+    assert sorted(ids(named)) == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (Filter(reasons=frozenset({"expired"})), [1]),
+        (Filter(reasons=frozenset({"expired", "rejected"})), [0, 1, 2, 3]),
+        (Filter(event_type="order.*"), [0, 1, 3]),
+        (Filter(event_type="invoice.>"), [2]),
+        (Filter(key="vip"), [3]),
+        (Filter(error_contains="TIMED OUT"), [0]),
+        (Filter(topic="orders.eu.*"), [2]),
+        (Filter(subscription="billing", key="vip"), [3]),
+        (Filter(after_ns=0, before_ns=1), []),
+        (Filter(after_ns=2**62), []),
+    ],
+)
+async def test_a_filter_wants_all_that_it_says(wanted: Filter, expected: list[int]) -> None:
+    async with desked() as one:
+        await one.store(
+            letter(0, error="it Timed Out there"),
+            letter(1, reason="expired"),
+            letter(2, type="invoice.made.v1", topic="orders.eu.created"),
+            letter(3, key="vip"),
+        )
+        found = await one.listed(wanted, oldest_first=True)
+
+    assert ids(found) == [str(n) for n in expected]
+
+
+async def test_one_is_got_by_its_id_with_its_data() -> None:
+    async with desked() as one:
+        await one.store(letter(0), letter(1))
+        (_, listed) = await one.listed(oldest_first=True)
+        name = LetterId.parse(str(listed.letter.id))
+        found = await one.desk.get(name)
+        missing = LetterId(name.broker, name.topic, name.partition, name.number + 1, name.life)
+        other_life = LetterId(name.broker, name.topic, name.partition, name.number, "00000000")
+        for bad in (missing, other_life, LetterId("none", DLQ, None, 1, name.life)):
+            with pytest.raises(DeadLetterMissing):
+                await one.desk.get(bad)
+
+    assert found.letter.event == letter(1)
+
+
+@pytest.mark.parametrize("text", ["", "x", "a/b/c", "memory/dlq/1", "memory/dlq/1~123", "a" * 600])
+def test_what_is_no_id_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        LetterId.parse(text)
+
+
+# -- redriving
+
+
+async def test_what_is_redriven_is_the_event_as_it_was_and_says_what_it_was() -> None:
+    """Where it came from; its own headers, without those of dead letters, and which one it was."""
+    async with desked() as one:
+        await one.store(letter(0, generation=3))
+        (found,) = await one.listed()
+        progress = await one.redrive()
+        (event,) = await one.on("orders.created")
+        left = await one.listed(settled=True)
+
+    assert (progress.done, progress.matched, progress.failed, progress.waiting) == (1, 1, 0, 0)
+    original = letter(0)
+    assert (event.id, event.data, event.key, event.type) == (
+        original.id,
+        original.data,
+        original.key,
+        original.type,
+    )
+    assert event.headers == {
+        "traceparent": "00-1-1-01",
+        "sidecar-redrive-id": str(found.letter.id),
+        "sidecar-redrive-generation": "3",
+    }
+    assert left == []
+
+
+async def test_only_what_the_filter_wants_is_redriven_once_and_oldest_first() -> None:
+    async with desked() as one:
+        await one.store(*[letter(n) for n in range(300)])
+        first = await one.redrive(Filter(key="k1"))
+        again = await one.redrive(Filter(key="k1"))
+        events = await one.on("orders.created")
+        left = await one.listed(oldest_first=True)
+
+    wanted = [str(n) for n in range(300) if n % 3 == 1]
+    assert (first.done, again.done) == (100, 0)
+    assert [event.id for event in events] == wanted
+    assert ids(left) == [str(n) for n in range(300) if n % 3 != 1]
+
+
+async def test_the_limit_is_exact_and_the_next_call_goes_on() -> None:
+    async with desked() as one:
+        await one.store(*[letter(n) for n in range(250)])
+        done = [(await one.redrive(limit=120)).done for _ in range(3)]
+        events = await one.on("orders.created")
+
+    assert done == [120, 120, 10]
+    assert [event.id for event in events] == numbers(0, 250)
+
+
+async def test_a_dry_run_counts_and_does_nothing() -> None:
+    async with desked() as one:
+        await one.store(*[letter(n) for n in range(10)])
+        redriven = await one.redrive(dry_run=True)
+        discarded = await one.discard(Filter(key="k0"), dry_run=True)
+        events = await one.on("orders.created")
+        marks = await one.on("sidecar-dead-letter-marks")
+        left = await one.listed()
+
+    assert (redriven.done, discarded.done) == (10, 4)
+    assert (events, marks, len(left)) == ([], [], 10)
+
+
+async def test_it_goes_to_another_topic_when_that_is_said() -> None:
+    async with desked() as one:
+        await one.store(letter(0), letter(1))
+        await one.redrive(to_topic="retry.{topic}")
+        events = await one.on("retry.orders.created")
+
+    assert [event.id for event in events] == ["0", "1"]
+
+
+async def test_the_rate_is_kept_smoothly() -> None:
+    """Ten at 50 a second take 180 ms at least: the first is at once, and none comes before its turn."""
+    async with desked() as one:
+        await one.store(*[letter(n) for n in range(10)])
+        loop = asyncio.get_running_loop()
+        one.clock.now = 0.0
+        one.desk = type(one.desk)(one.brokers, one.publisher, one.hub)
+        async with serving(one):
+            started = loop.time()
+            await one.redrive(rate=50.0)
+            took = loop.time() - started
+
+    assert took >= 0.18
+
+
+async def test_one_that_fails_stays_open_and_the_others_go_on() -> None:
+    async with desked() as one:
+        await one.store(letter(0), letter(1, broker="gone"), letter(2, topic="_INBOX.x"), letter(3))
+        progress = await one.redrive()
+        events = await one.on("orders.created")
+        left = await one.listed(oldest_first=True)
+
+    assert (progress.done, progress.failed, progress.matched) == (2, 2, 4)
+    assert progress.failure is not None
+    assert "_INBOX" in progress.failure.message
+    assert [event.id for event in events] == ["0", "3"]
+    assert [(f.letter.event.id, f.state) for f in left] == [("1", State.OPEN), ("2", State.OPEN)]
+
+
+async def test_discarded_ones_are_gone_and_nothing_is_published() -> None:
+    async with desked() as one:
+        await one.store(*[letter(n) for n in range(150)])
+        progress = await one.discard(Filter(key="k2"))
+        again = await one.redrive(Filter(key="k2"))
+        left = await one.listed()
+        events = await one.on("orders.>")
+
+    assert (progress.done, again.done) == (50, 0)
+    assert len(left) == 100
+    assert events == []
+
+
+async def test_what_comes_while_it_runs_is_not_of_it() -> None:
+    """Events that fail again, and become dead letters again, are not redriven in a circle."""
+    broker = memory()
+    async with desked(broker) as one:
+        await one.store(*[letter(n) for n in range(5)])
+        publish = broker.publish
+
+        def echo(
+            topic: str, events: Sequence[Event], *, broker_ids: Sequence[str] | None = None
+        ) -> asyncio.Future[Sequence[Outcome]]:
+            if topic == "orders.created":
+                publish(DLQ, [letter(100 + int(event.id)) for event in events])
+            return publish(topic, events, broker_ids=broker_ids)
+
+        broker.publish = echo  # type: ignore[method-assign]
+        progress = await one.redrive()
+        left = await one.listed(oldest_first=True)
+
+    assert progress.done == 5
+    assert ids(left) == numbers(100, 105)
+
+
+# -- where a broker keeps what is deleted: the marks alone hide it
+
+
+class Keeping(Moody):
+    """It deletes nothing, as a log."""
+
+    capabilities = type(Moody.capabilities)(
+        **{
+            name: getattr(Moody.capabilities, name)
+            for name in Moody.capabilities.__struct_fields__
+            if name != "deletes"
+        }
+    )
+
+
+async def test_where_nothing_is_deleted_marks_hide_what_is_done() -> None:
+    async with desked(Keeping("memory", Memory(type="memory"))) as one:
+        await one.store(*[letter(n) for n in range(9)])
+        await one.redrive(Filter(key="k0"))
+        await one.discard(Filter(key="k1"))
+        left = await one.listed(oldest_first=True)
+        all_ = await one.listed(oldest_first=True, settled=True)
+        again = await one.redrive()
+        events = await one.on("orders.created")
+
+    assert ids(left) == ["2", "5", "8"]
+    states = [State.REDRIVEN, State.DISCARDED, State.OPEN] * 3
+    assert [found.state for found in all_] == states
+    assert again.done == 3
+    assert sorted(event.id for event in events) == ["0", "2", "3", "5", "6", "8"]
+
+
+# -- two at the same time, and ends half-way
+
+
+async def test_two_sidecars_at_the_same_time_redrive_each_once() -> None:
+    broker = memory()
+    one, other = Desked(broker), Desked(broker)
+    async with serving(one, other):
+        await one.store(*[letter(n) for n in range(500)])
+        first, second = await asyncio.gather(one.redrive(), other.redrive())
+        events = await one.on("orders.created")
+        left = await one.listed(settled=True)
+
+    assert first.done + second.done == 500
+    assert min(first.done, second.done) > 0
+    assert sorted((event.id for event in events), key=int) == numbers(0, 500)
+    assert left == []
+
+
+async def test_closed_early_it_ends_what_is_under_way_and_leaves_the_rest_open() -> None:
+    async with desked() as one:
+        await one.store(*[letter(n) for n in range(100)])
+        one.desk = type(one.desk)(one.brokers, one.publisher, one.hub)
+        async with serving(one):
+            run = one.desk.run(Order(Kind.REDRIVE, Filter(), rate=20.0))
+            await anext(run)
+            await run.aclose()
+            await one.desk.drain()
+            events = await one.on("orders.created")
+            left = await one.listed()
+
+    assert 0 < len(events) < 100
+    assert len(left) == 100 - len(events)
+    assert {found.state for found in left} == {State.OPEN}
+    assert not {event.id for event in events} & set(ids(left))
+
+
+async def test_a_draining_sidecar_begins_nothing() -> None:
+    async with desked() as one:
+        one.publisher.draining = True
+        with pytest.raises(Draining):
+            await one.redrive()
+
+
+class Dying(Exception):
+    """Where the test kills it."""
+
+
+@pytest.mark.parametrize("at", ["claimed", "published", "marked"])
+async def test_what_a_dead_one_had_claimed_is_redriven_once(at: str) -> None:
+    """It dies behind the claim, the publish or the mark; another waits until its claim is over."""
+    broker = Keeping("memory", Memory(type="memory"))
+    dying, other = Desked(broker), Desked(broker)
+    publish = broker.publish
+    stored: list[str] = []
+
+    def die(
+        topic: str, events: Sequence[Event], *, broker_ids: Sequence[str] | None = None
+    ) -> asyncio.Future[Sequence[Outcome]]:
+        stored.append(topic)
+        done = {"claimed": 1, "published": 2, "marked": 3}[at]
+        if len(stored) > done:
+            raise Dying
+        return publish(topic, events, broker_ids=broker_ids)
+
+    async with serving(dying, other):
+        await other.store(*[letter(n) for n in range(4)])
+        broker.publish = die  # type: ignore[method-assign]
+        if at == "marked":
+            await dying.redrive()
+        else:
+            with pytest.raises(Dying):
+                await dying.redrive()
+        broker.publish = publish  # type: ignore[method-assign]
+        waiting = [found.state for found in await other.listed()]
+        order = Order(Kind.REDRIVE, Filter(), rate=FAST)
+        async for progress, finished in other.desk.run(order):
+            assert finished or progress.waiting == 4
+            other.clock.now += good_for(5)
+        events = await other.on("orders.created")
+        left = await other.listed()
+
+    assert waiting == ([] if at == "marked" else [State.CLAIMED] * 4)
+    assert progress.done == (0 if at == "marked" else 4)
+    assert [event.id for event in events] == numbers(0, 4)
+    assert left == []
+
+
+async def test_while_its_broker_is_away_it_waits_and_goes_on() -> None:
+    broker = Moody("memory", Memory(type="memory"))
+    async with desked(broker) as one:
+        await one.store(*[letter(n) for n in range(5)])
+        broker.refuses, broker.tries = True, 0
+        running = asyncio.ensure_future(one.redrive())
+        await until(lambda: broker.tries > 2)
+        broker.refuses = False
+        progress = await running
+        events = await one.on("orders.created")
+
+    assert progress.done == 5
+    assert [event.id for event in events] == numbers(0, 5)
+
+
+async def test_a_broker_that_stays_away_ends_it_and_nothing_is_lost() -> None:
+    broker = Moody("memory", Memory(type="memory"))
+    async with desked(broker) as one:
+        await one.store(*[letter(n) for n in range(5)])
+        broker.refuses, broker.tries = True, 0
+
+        async def later() -> None:
+            await until(lambda: broker.tries > 1)
+            one.clock.now += 60
+
+        moving = asyncio.ensure_future(later())
+        with pytest.raises(BrokerUnavailable):
+            await one.redrive()
+        await moving
+        broker.refuses = False
+        left = await one.listed()
+
+    assert len(left) == 5
