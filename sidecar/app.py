@@ -19,6 +19,7 @@ from sidecar.brokers.nats.core import NatsBroker
 from sidecar.brokers.nats.jetstream import JetStreamBroker
 from sidecar.delivery.hub import Hub
 from sidecar.delivery.push.circuit import State as CircuitState
+from sidecar.delivery.redrive.desk import Desk
 from sidecar.embedded import EmbeddedServer
 from sidecar.errors import ConfigInvalid, SidecarError
 from sidecar.event import pattern_matcher
@@ -31,6 +32,7 @@ from sidecar.servers.grpc import GrpcDoor
 from sidecar.servers.http import HttpApp
 from sidecar.servers.sse import EventStreams
 from sidecar.services.admin import Admin, Link
+from sidecar.services.dead_letters import DeadLetters
 from sidecar.services.pubsub import PubSub
 from sidecar.telemetry import logs
 from sidecar.telemetry.metrics import BrokerGauges, Metrics, SubscriptionGauges
@@ -130,6 +132,7 @@ class App:
             if self._embedded is not None:
                 background.append(tasks.create_task(self._embedded.supervise()))
             background.append(tasks.create_task(self.hub.run()))
+            background.append(tasks.create_task(self.desk.serve()))
             await self._stop.wait()
             await self._drain()
             for task in background:
@@ -194,8 +197,10 @@ class App:
             hub=self.hub,
             not_ready=self.not_ready,
         )
-        methods = (*pubsub.methods(), *admin.methods())
-        self._grpc = GrpcDoor(methods, pubsub, config.limits)
+        self.desk = Desk(self.brokers, self.publisher, self.hub)
+        dead_letters = DeadLetters(self.desk)
+        methods = (*pubsub.methods(), *admin.methods(), *dead_letters.methods())
+        self._grpc = GrpcDoor(methods, pubsub, config.limits, streams=dead_letters.streams())
         streams = EventStreams(self.hub, max_streams=config.limits.max_streams)
         self._http = HttpApp(
             methods, pubsub.publish_events, defaults, config.limits, streams=streams
@@ -321,7 +326,9 @@ class App:
         def remaining(reserve: float) -> float:
             return max(0.0, deadline - asyncio.get_running_loop().time() - reserve)
 
+        self.desk.stop()
         left = await self.hub.drain(remaining(2))
+        await self.desk.drain(remaining(1))
         unanswered = 0
         try:
             async with asyncio.timeout(remaining(1)):

@@ -12,6 +12,8 @@ from typing import Annotated, Final
 import typer
 
 from sidecar.cli import exits
+from sidecar.cli.dead_letter_commands import dead_letters
+from sidecar.cli.options import Address, Debug, Socket
 
 _CLIENT: Final = "Talk to a sidecar that runs"
 
@@ -36,19 +38,8 @@ Config = Annotated[
         show_default=False,
     ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an internal error.")]
-Socket = Annotated[
-    Path | None,
-    typer.Option(
-        "--socket",
-        help="The sidecar's gRPC socket. Default: SIDECAR_SOCKET, else where `sidecar run` puts it.",
-        show_default=False,
-    ),
-]
-Address = Annotated[
-    str | None,
-    typer.Option("--address", metavar="HOST:PORT", help="TCP instead of the socket."),
-]
+
+app.add_typer(dead_letters, rich_help_panel=_CLIENT)
 
 
 @app.command()

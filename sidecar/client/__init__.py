@@ -14,14 +14,18 @@ a value in the answer (PublishFailed, SettleFailed), and its neighbours are not 
 
 from sidecar.client.connection import Sidecar, default_target
 from sidecar.client.consumer import Consumer, StreamDelivery
+from sidecar.client.dead_letters import DeadLetters
 from sidecar.client.values import (
     BrokerStatus,
     CallFailed,
+    DeadLetter,
+    DeadLetterFilter,
     Delivery,
     Failure,
     Filter,
     Opened,
     PublishFailed,
+    RedriveProgress,
     RetryPolicy,
     RetryRule,
     RouteStatus,
@@ -38,6 +42,9 @@ __all__ = [
     "BrokerStatus",
     "CallFailed",
     "Consumer",
+    "DeadLetter",
+    "DeadLetterFilter",
+    "DeadLetters",
     "Delivery",
     "Durability",
     "Event",
@@ -47,6 +54,7 @@ __all__ = [
     "Position",
     "PublishFailed",
     "Receipt",
+    "RedriveProgress",
     "RetryPolicy",
     "RetryRule",
     "RouteStatus",

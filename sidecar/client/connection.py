@@ -10,8 +10,9 @@ import grpc.aio
 
 from sidecar.client import messages
 from sidecar.client.consumer import Consumer
+from sidecar.client.dead_letters import DeadLetters
 from sidecar.client.publish_stream import Pump
-from sidecar.v1 import admin_pb2, admin_pb2_grpc, pubsub_pb2, pubsub_pb2_grpc
+from sidecar.v1 import admin_pb2, admin_pb2_grpc, dead_letters_pb2_grpc, pubsub_pb2, pubsub_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
@@ -51,7 +52,7 @@ class Sidecar:
     def __init__(self, target: str | None = None) -> None:
         self.target = default_target() if target is None else target
         self._channel: Any = None
-        self._stubs: tuple[Any, Any] | None = None
+        self._stubs: tuple[Any, Any, Any] | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._consumers: set[Consumer] = set()
@@ -65,6 +66,7 @@ class Sidecar:
         self._stubs = (
             pubsub_pb2_grpc.PubSubStub(self._channel),  # type: ignore[no-untyped-call]
             admin_pb2_grpc.AdminStub(self._channel),  # type: ignore[no-untyped-call]
+            dead_letters_pb2_grpc.DeadLettersStub(self._channel),  # type: ignore[no-untyped-call]
         )
         self._tasks = await asyncio.TaskGroup().__aenter__()
         return self
@@ -217,6 +219,11 @@ class Sidecar:
         await _answer(self._admin.SeekSubscription(request))
 
     @property
+    def dead_letters(self) -> DeadLetters:
+        """Looking at dead letters, redriving and discarding them."""
+        return DeadLetters(self._entered()[2])
+
+    @property
     def _pubsub(self) -> Any:
         return self._entered()[0]
 
@@ -224,7 +231,7 @@ class Sidecar:
     def _admin(self) -> Any:
         return self._entered()[1]
 
-    def _entered(self) -> tuple[Any, Any]:
+    def _entered(self) -> tuple[Any, Any, Any]:
         if self._stubs is None:
             raise RuntimeError("enter the client before use: async with Sidecar() as sidecar")
         return self._stubs

@@ -152,7 +152,7 @@ def outcome_from(result: pubsub_pb2.PublishResult) -> Receipt | PublishFailed:
     )
 
 
-def _failure_fields(failure: event_pb2.Failure) -> dict[str, Any]:
+def failure_fields(failure: event_pb2.Failure) -> dict[str, Any]:
     return {
         "reason": failure.reason,
         "message": failure.message,
@@ -166,11 +166,11 @@ def _failure_fields(failure: event_pb2.Failure) -> dict[str, Any]:
 
 
 def publish_failed(failure: event_pb2.Failure) -> PublishFailed:
-    return PublishFailed(**_failure_fields(failure))
+    return PublishFailed(**failure_fields(failure))
 
 
 def settle_failed(result: pubsub_pb2.SettleResult) -> SettleFailed:
-    return SettleFailed(**_failure_fields(result.failure), token=result.token)
+    return SettleFailed(**failure_fields(result.failure), token=result.token)
 
 
 def delivery_from(message: pubsub_pb2.Delivery) -> Delivery:
@@ -298,7 +298,7 @@ def status_from(message: admin_pb2.GetStatusResponse) -> Status:
     return Status(
         version=message.version,
         app=message.app,
-        started_at=_datetime(message, "started_at"),
+        started_at=datetime_from(message, "started_at"),
         ready=message.ready,
         not_ready=tuple(message.not_ready),
         draining=message.draining,
@@ -315,7 +315,7 @@ def _broker_from(message: admin_pb2.BrokerStatus) -> BrokerStatus:
         name=message.name,
         type=message.type,
         connected=message.connected,
-        since=_datetime(message, "since"),
+        since=datetime_from(message, "since"),
         detail=message.detail,
         reconnects=message.reconnects,
         pending_events=message.pending_events,
@@ -344,7 +344,7 @@ def _subscription_from(message: admin_pb2.SubscriptionStatus) -> SubscriptionSta
     )
 
 
-def _datetime(message: Any, field: str) -> datetime | None:
+def datetime_from(message: Any, field: str) -> datetime | None:
     if not message.HasField(field):
         return None
     moment: datetime = getattr(message, field).ToDatetime(tzinfo=UTC)

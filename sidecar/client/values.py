@@ -238,6 +238,69 @@ class Status(msgspec.Struct, frozen=True):
     subscriptions: Sequence[SubscriptionStatus]
 
 
+class DeadLetterFilter(msgspec.Struct, frozen=True):
+    """Which dead letters; all that is set must hold. Datetimes have a time zone."""
+
+    ids: Sequence[str] = ()
+    subscription: str = ""
+    reasons: Sequence[str] = ()
+    after: datetime | None = None
+    """Stored at or after."""
+    before: datetime | None = None
+    """Stored before."""
+    event_type: str = ""
+    """With wildcards, as in topics; so is *topic*, where the event came from."""
+    key: str = ""
+    error_contains: str = ""
+    topic: str = ""
+    dead_letter_broker: str = ""
+    dead_letter_topic: str = ""
+    """With the broker: look here, instead of where the subscriptions' dead letters go."""
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """An event that could not be delivered. *state* is open, claimed, redriven or discarded."""
+
+    id: str
+    event: Event
+    """As it was published; without its data in a list, unless that was asked for."""
+    subscription: str
+    reason: str
+    error: str
+    broker: str
+    """Where it came from, with *topic* and *position*."""
+    topic: str
+    position: Position | None
+    attempts: int
+    first_failed_at: datetime | None
+    last_failed_at: datetime | None
+    generation: int
+    """How often it has been a dead letter: 1 for the first time."""
+    dead_letter_broker: str
+    dead_letter_topic: str
+    dead_letter_position: Position
+    stored_at: datetime | None
+    state: str
+    data_bytes: int
+
+
+class RedriveProgress(msgspec.Struct, frozen=True):
+    """How far a redrive or discard is; the last one is *finished*."""
+
+    scanned: int
+    """Dead letters looked at, of *total*, as far as that is known."""
+    matched: int
+    """Of them, those that the filter wants and that are open."""
+    done: int
+    failed: int
+    waiting: int
+    """Held by another redrive or discard, of which nothing is heard; it is waited for."""
+    total: int
+    failure: Failure | None
+    """Of the last one that failed."""
+    finished: bool
+
+
 def new_event(
     type: str,  # noqa: A002 - the attribute's name
     data: object = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
@@ -16,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from sidecar.errors import AddressUnavailable, Internal, MalformedBody, SidecarError
 from sidecar.services.pubsub import SERVICE as PUBSUB
 from sidecar.services.pubsub import PubSub
-from sidecar.services.rpc import Call, UnaryMethod
+from sidecar.services.rpc import Call, ServerStreamMethod, UnaryMethod
 from sidecar.v1 import pubsub_pb2 as pb
 from sidecar.wire import status
 
@@ -38,7 +39,12 @@ class GrpcDoor:
     """Serves while open; `stop` lets calls under way end."""
 
     def __init__(
-        self, methods: Sequence[UnaryMethod[Any, Any]], pubsub: PubSub, limits: Limits
+        self,
+        methods: Sequence[UnaryMethod[Any, Any]],
+        pubsub: PubSub,
+        limits: Limits,
+        *,
+        streams: Sequence[ServerStreamMethod[Any, Any]] = (),
     ) -> None:
         size = limits.max_batch_bytes + SLACK_BYTES
         self._server = grpc.aio.server(
@@ -57,13 +63,17 @@ class GrpcDoor:
         self._pubsub = pubsub
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        services = self._register(methods)
+        services = self._register(methods, streams)
         reflection.enable_server_reflection(
             [*services, HEALTH, reflection.SERVICE_NAME], self._server
         )
         self._services = services
 
-    def _register(self, methods: Sequence[UnaryMethod[Any, Any]]) -> list[str]:
+    def _register(
+        self,
+        methods: Sequence[UnaryMethod[Any, Any]],
+        streams: Sequence[ServerStreamMethod[Any, Any]],
+    ) -> list[str]:
         handlers: dict[str, dict[str, grpc.RpcMethodHandler]] = {}
         for method in methods:
             handlers.setdefault(method.service, {})[method.name] = (
@@ -71,6 +81,14 @@ class GrpcDoor:
                     _unary(method),
                     request_deserializer=_reader(method.request),
                     response_serializer=method.response.SerializeToString,
+                )
+            )
+        for stream in streams:
+            handlers.setdefault(stream.service, {})[stream.name] = (
+                grpc.unary_stream_rpc_method_handler(
+                    _streaming(stream),
+                    request_deserializer=_reader(stream.request),
+                    response_serializer=stream.response.SerializeToString,
                 )
             )
         handlers.setdefault(PUBSUB, {}).update(
@@ -214,6 +232,32 @@ def _unary(
             log.exception("%s failed", name)
             return await _abort(context, _internal(name))
         return answer
+
+    return handle
+
+
+def _streaming(
+    method: ServerStreamMethod[Any, Any],
+) -> Callable[[Message | MalformedBody, grpc.aio.ServicerContext], Awaitable[None]]:
+    handler, name = method.handler, method.path
+
+    async def handle(request: Message | MalformedBody, context: grpc.aio.ServicerContext) -> None:
+        if isinstance(request, MalformedBody):
+            await _abort(context, request)
+        send = _writer(context)
+        try:
+            async with aclosing(
+                handler(request, Call(context.time_remaining(), "grpc"))
+            ) as answers:
+                async for answer in answers:
+                    await send(answer)
+        except ConnectionError:
+            return  # the client has gone
+        except SidecarError as error:
+            await _abort(context, error)
+        except Exception:
+            log.exception("%s failed", name)
+            await _abort(context, _internal(name))
 
     return handle
 

@@ -1,4 +1,4 @@
-"""What a unary RPC is, whatever door it comes through."""
+"""What an RPC is, whatever door it comes through."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from google.protobuf.message import Message
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -33,6 +33,22 @@ class UnaryMethod(Generic[RequestT, ResponseT]):
     request: type[RequestT]
     response: type[ResponseT]
     handler: Callable[[RequestT, Call], Awaitable[ResponseT]]
+
+    @property
+    def path(self) -> str:
+        return f"/{self.service}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStreamMethod(Generic[RequestT, ResponseT]):
+    """One RPC with a stream of answers. Its handler raises SidecarError and nothing else on purpose."""
+
+    service: str
+    name: str
+    request: type[RequestT]
+    response: type[ResponseT]
+    handler: Callable[[RequestT, Call], AsyncGenerator[ResponseT]]
+    """Closed early when the caller has gone."""
 
     @property
     def path(self) -> str:

@@ -298,12 +298,16 @@ class Desk:
         if patience.stop.is_set():
             raise Draining("stopped before all was done: what is left stays, call again")
 
-    async def drain(self) -> None:
-        """End all jobs after what is under way."""
+    def stop(self) -> None:
+        """Let no job begin anything more."""
         for patience in self._jobs.values():
             patience.stop.set()
+
+    async def drain(self, seconds: float = STOP_SECONDS) -> None:
+        """End all jobs after what is under way, or after so long."""
+        self.stop()
         if self._jobs:
-            _, late = await asyncio.wait(list(self._jobs), timeout=STOP_SECONDS)
+            _, late = await asyncio.wait(list(self._jobs), timeout=seconds)
             for task in late:
                 task.cancel()
 
