@@ -7,7 +7,7 @@ import asyncio
 import sys
 from typing import TYPE_CHECKING, Protocol
 
-from tests.drills import failing_key, kafka, shared_subscription, slow_consumer
+from tests.drills import dead_letters, failing_key, kafka, shared_subscription, slow_consumer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -25,12 +25,14 @@ SCENARIOS: Mapping[str, Callable[[int], Coroutine[None, None, Report]]] = {
     **kafka.SCENARIOS,
     **failing_key.SCENARIOS,
     **slow_consumer.SCENARIOS,
+    **dead_letters.SCENARIOS,
 }
 EVENTS = {
     **dict.fromkeys(shared_subscription.SCENARIOS, shared_subscription.EVENTS),
     **dict.fromkeys(kafka.SCENARIOS, kafka.EVENTS),
     **dict.fromkeys(failing_key.SCENARIOS, failing_key.EVENTS),
     **dict.fromkeys(slow_consumer.SCENARIOS, slow_consumer.EVENTS),
+    **dict.fromkeys(dead_letters.SCENARIOS, dead_letters.EVENTS),
 }
 
 

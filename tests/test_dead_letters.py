@@ -1,0 +1,161 @@
+"""Dead letters on real brokers, with the whole sidecar: redriven once, whatever is killed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sidecar.client import DeadLetterFilter, Sidecar, new_event
+from tests.conformance.harness import fresh
+from tests.drills.dead_letters import (
+    ON_JETSTREAM,
+    ON_KAFKA,
+    SUBSCRIPTION,
+    TOPIC,
+    make_dead_letters,
+    redriven_over_a_kill,
+)
+from tests.support.kafka import KafkaCluster, require
+from tests.support.nats_server import NatsServer
+from tests.support.sidecar_process import SidecarProcess
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sidecar.client import DeadLetter
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(params=["jetstream", "kafka"])
+def config(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Of a sidecar on a server of the test's own: its topics and marks are new."""
+    if request.param == "jetstream":
+        with NatsServer() as server:
+            yield ON_JETSTREAM.format(url=server.url)
+        return
+    require()
+    with KafkaCluster() as cluster:
+        yield ON_KAFKA.format(servers=cluster.bootstrap_servers)
+
+
+async def letters(client: Sidecar, *, settled: bool = False) -> list[DeadLetter]:
+    return [letter async for letter in client.dead_letters.list(include_settled=settled)]
+
+
+async def redrive(client: Sidecar, wanted: DeadLetterFilter) -> int:
+    progress = [told async for told in client.dead_letters.redrive(wanted, rate_per_second=2000)]
+    assert progress[-1].finished
+    assert progress[-1].failed == 0
+    return progress[-1].done
+
+
+async def test_a_redrive_that_was_killed_goes_on_and_each_is_delivered_once(config: str) -> None:
+    """60 of 200 at 20 a second, `kill -9` half-way, the same command again; the 140 others stay."""
+    report = await redriven_over_a_kill(config, 200, 20.0)
+
+    assert report.delivered == Counter(report.wanted), report.text()
+    assert report.holds, report.text()
+
+
+async def test_two_sidecars_at_the_same_time_redrive_each_once(config: str) -> None:
+    """And a third one's app, which counts, gets each once."""
+    counted: Counter[str] = Counter()
+    with (
+        SidecarProcess(config + SUBSCRIPTION) as first,
+        SidecarProcess(config + SUBSCRIPTION) as second,
+    ):
+        async with (
+            Sidecar(f"unix:{first.grpc_socket}") as one,
+            Sidecar(f"unix:{second.grpc_socket}") as other,
+        ):
+            await make_dead_letters(one, 400)
+            wanted = DeadLetterFilter(subscription="drill")
+            done = await asyncio.gather(redrive(one, wanted), redrive(other, wanted))
+            async with one.subscribe("drill", credit=500) as deliveries:
+                async for delivery in deliveries:
+                    counted[delivery.event.id] += 1
+                    delivery.ack()
+                    if counted.total() == 400:
+                        break
+            left = await letters(other)
+
+    assert sum(done) == 400
+    assert min(done) > 0
+    assert counted == Counter(str(n) for n in range(400))
+    assert left == []
+
+
+async def test_what_is_discarded_is_gone_for_all_and_not_published(config: str) -> None:
+    with (
+        SidecarProcess(config + SUBSCRIPTION) as first,
+        SidecarProcess(config + SUBSCRIPTION) as second,
+    ):
+        async with (
+            Sidecar(f"unix:{first.grpc_socket}") as one,
+            Sidecar(f"unix:{second.grpc_socket}") as other,
+        ):
+            await make_dead_letters(one, 20)
+            wanted = DeadLetterFilter(key="wanted")
+            *_, last = [told async for told in one.dead_letters.discard(wanted)]
+            left = await letters(other)
+            again = await redrive(other, wanted)
+
+    assert last.done == 6
+    assert again == 0
+    assert {letter.event.key for letter in left} == {"other"}
+    assert len(left) == 14
+
+
+async def test_generation_counts_the_round_trips(config: str) -> None:
+    """Redriven and rejected again, an event is a dead letter for the second time, then the third."""
+    generations = []
+    ids = []
+    with SidecarProcess(config + SUBSCRIPTION) as sidecar:
+        async with Sidecar(f"unix:{sidecar.grpc_socket}") as client:
+            await client.publish(TOPIC, [new_event("t", {"a": 1}, id=fresh("event"))])
+            for round_ in range(3):
+                async with client.subscribe("drill") as deliveries:
+                    async for delivery in deliveries:
+                        delivery.reject(f"round {round_}")
+                        await until(lambda: _one_is_open(client), seconds=30)
+                        break
+                [letter] = await letters(client)
+                generations.append(letter.generation)
+                ids.append(letter.id)
+                assert letter.error == f"round {round_}"
+                assert await redrive(client, DeadLetterFilter(ids=[letter.id])) == 1
+
+    assert generations == [1, 2, 3]
+    assert len(set(ids)) == 3
+
+
+async def _one_is_open(client: Sidecar) -> bool:
+    return len(await letters(client)) == 1
+
+
+async def test_what_is_listed_and_shown_is_the_event_as_it_was(config: str) -> None:
+    event = new_event(
+        "order.created", {"order": 1}, id="1", source="/shop", key="k", headers={"baggage": "a=b"}
+    )
+    with SidecarProcess(config + SUBSCRIPTION) as sidecar:
+        async with Sidecar(f"unix:{sidecar.grpc_socket}") as client:
+            [receipt] = await client.publish(TOPIC, [event])
+            async with client.subscribe("drill") as deliveries:
+                async for delivery in deliveries:
+                    delivery.reject("no such customer")
+                    await until(lambda: _one_is_open(client), seconds=30)
+                    break
+            [listed] = await letters(client)
+            shown = await client.dead_letters.get(listed.id)
+
+    assert (listed.event.data, listed.data_bytes) == (None, len(event.data or b""))
+    assert shown.event.data == event.data
+    assert (shown.event.id, shown.event.type, shown.event.key) == ("1", "order.created", "k")
+    assert shown.event.headers == {"baggage": "a=b"}
+    assert (shown.broker, shown.topic, shown.position) == ("work", TOPIC, receipt.position)  # type: ignore[union-attr]
+    assert (shown.reason, shown.error, shown.attempts) == ("rejected", "no such customer", 1)
