@@ -363,12 +363,17 @@ class _Redriving:
             if bar is not None:
                 bar.close()
         if self._error is not None:
-            exits.complain(calling.explain(self._error, self._job.target))
+            exits.complain(self._explained(self._error))
         exits.complain(self._summary(loop.time() - started))
         if self._interrupted:
             return exits.INTERRUPTED
         failed = self._error is not None or (self._last is not None and self._last.failed > 0)
         return exits.FAILED if failed else exits.OK
+
+    def _explained(self, error: CallFailed) -> str:
+        if self._last is not None and not error.reason:
+            return "the sidecar went away: call this again when it is back, and it goes on"
+        return calling.explain(error, self._job.target)
 
     async def _follow(self, sidecar: Sidecar, bar: RedriveBar | None) -> None:
         try:

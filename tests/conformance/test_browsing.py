@@ -122,6 +122,17 @@ async def test_a_pattern_gives_the_events_of_its_topics_and_no_others(
     assert len(rest) == 20
 
 
+async def test_a_pattern_gives_dead_letters_too(harness: Harness, broker: Broker) -> None:
+    """Where a subscription to it would not get them: who browses wants to see what is there."""
+    first = fresh("topic")
+    for name in (f"{first}.created", f"{first}.created.dlq"):
+        harness.make_topic(name)
+        await publish(broker, name, [event(name)])
+    stored = await read_all(broker, f"{first}.>")
+
+    assert sorted(ids_of(stored)) == [f"{first}.created", f"{first}.created.dlq"]
+
+
 async def test_a_logs_end_is_fixed_when_it_is_asked_for(broker: Broker, topic: str) -> None:
     """What is stored later is not read through it, and is at its end or above."""
     await publish(broker, topic, events(range(10)))
@@ -306,3 +317,20 @@ async def test_while_the_server_is_away_it_is_said_and_after_it_is_read(
     (page,) = await pages(broker, log)
 
     assert ids_of(page) == numbers(3)
+
+
+# -- a topic that is kept
+
+
+@pytest.mark.needs("topics")
+async def test_what_is_kept_is_in_one_log_and_in_order(world: World) -> None:
+    """Also when two see to it at the same time, and again later."""
+    one, other = await world.sidecar(), await world.sidecar()
+    topic = fresh("kept")
+    await asyncio.gather(one.keep(topic), other.keep(topic))
+    for n in range(20):
+        await publish((one, other)[n % 2], topic, [event(str(n), key="k")])
+    await one.keep(topic)
+    stored = await read_all(other, topic)
+
+    assert ids_of(stored) == numbers(20)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
+from sidecar.brokers.memory import MemoryBroker
 from sidecar.config import Memory
 from sidecar.delivery.redrive.batch import Order
 from sidecar.delivery.redrive.claims import good_for
 from sidecar.delivery.redrive.filters import Filter
+from sidecar.delivery.redrive.ledger import TOPIC as MARKS
 from sidecar.delivery.redrive.letter import LetterId
-from sidecar.delivery.redrive.marks import Kind, State
+from sidecar.delivery.redrive.marks import Kind, State, decode
 from sidecar.errors import (
     BrokerUnavailable,
     DeadLetterMissing,
@@ -27,6 +30,8 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sidecar.broker import Broker, Log
+    from sidecar.delivery.redrive.batch import Progress
     from sidecar.event import Event, Outcome
 
 pytestmark = pytest.mark.timeout(60)
@@ -325,16 +330,10 @@ async def test_what_comes_while_it_runs_is_not_of_it() -> None:
 # -- where a broker keeps what is deleted: the marks alone hide it
 
 
-class Keeping(Moody):
+class Keeping(MemoryBroker):
     """It deletes nothing, as a log."""
 
-    capabilities = type(Moody.capabilities)(
-        **{
-            name: getattr(Moody.capabilities, name)
-            for name in Moody.capabilities.__struct_fields__
-            if name != "deletes"
-        }
-    )
+    capabilities = msgspec.structs.replace(MemoryBroker.capabilities, deletes=False)
 
 
 async def test_where_nothing_is_deleted_marks_hide_what_is_done() -> None:
@@ -439,6 +438,155 @@ async def test_what_a_dead_one_had_claimed_is_redriven_once(at: str) -> None:
     assert progress.done == (0 if at == "marked" else 4)
     assert [event.id for event in events] == numbers(0, 4)
     assert left == []
+
+
+class Blind(MemoryBroker):
+    """A target that shows nothing of what it has, as core NATS."""
+
+    capabilities = msgspec.structs.replace(MemoryBroker.capabilities, browses=False)
+
+
+class Forgetting(MemoryBroker):
+    """A target that loses what was stored, and forgets it too unless told otherwise."""
+
+    may_have_gaps = True
+    duplicate_seconds = 0.0
+
+    async def logs(self, pattern: str) -> Sequence[Log]:
+        return [
+            msgspec.structs.replace(
+                log, may_have_gaps=self.may_have_gaps, duplicate_seconds=self.duplicate_seconds
+            )
+            for log in await super().logs(pattern)
+        ]
+
+
+async def interrupted(dying: Desked) -> None:
+    """A redrive that dies behind its publish."""
+    broker = dying.brokers["memory"]
+    publish = broker.publish
+    marks = 0
+
+    def die(
+        topic: str, events: Sequence[Event], *, broker_ids: Sequence[str] | None = None
+    ) -> asyncio.Future[Sequence[Outcome]]:
+        nonlocal marks
+        marks += topic == MARKS
+        if marks > 1:
+            raise Dying
+        return publish(topic, events, broker_ids=broker_ids)
+
+    broker.publish = die  # type: ignore[method-assign]
+    with pytest.raises(Dying):
+        await dying.redrive()
+    broker.publish = publish  # type: ignore[method-assign]
+
+
+async def redriven_later(one: Desked, wanted: Filter | None = None) -> Progress:
+    """By one who waits until the claim is over."""
+    return await done_later(one, Order(Kind.REDRIVE, wanted or Filter(), rate=FAST))
+
+
+async def done_later(one: Desked, order: Order) -> Progress:
+    progress = None
+    async for told, _ in one.desk.run(order):
+        progress = told
+        one.clock.now += good_for(5)
+    assert progress is not None
+    return progress
+
+
+async def emptied(target: Broker) -> None:
+    (log,) = await target.logs("orders.created")
+    await target.delete(log, range(log.end))
+
+
+@pytest.mark.parametrize("target", [Blind, Forgetting])
+async def test_where_it_cannot_be_seen_it_stays_and_says_so(target: type[MemoryBroker]) -> None:
+    """Neither lost nor published twice: naming it publishes it, and discarding it gives it up."""
+    broker, there = memory(), target("there", Memory(type="memory"))
+    dying, other = Desked(broker, there), Desked(broker, there)
+    async with serving(dying, other):
+        await other.store(*[letter(n, broker="there") for n in range(3)])
+        await interrupted(dying)
+        if there.capabilities.browses:
+            await emptied(there)
+        progress = await redriven_later(other)
+        left = await other.listed(oldest_first=True)
+        named = await redriven_later(other, Filter(ids=frozenset({left[0].letter.id})))
+        order = Order(Kind.DISCARD, Filter(ids=frozenset({left[1].letter.id})))
+        discarded = await done_later(other, order)
+        end = await other.listed()
+
+    assert (progress.done, progress.failed) == (0, 3)
+    assert progress.failure is not None
+    assert "cannot be seen" in progress.failure.message
+    assert [found.state for found in left] == [State.CLAIMED] * 3
+    assert (named.done, discarded.done) == (1, 1)
+    assert ids(end) == ["2"]
+
+
+async def test_inside_the_brokers_window_a_second_publish_is_told_as_a_duplicate() -> None:
+    """A work queue has lost what was acked, and still knows it: publishing again is no harm."""
+    broker, there = memory(), Forgetting("there", Memory(type="memory"))
+    there.duplicate_seconds = 120.0
+    dying, other = Desked(broker, there), Desked(broker, there)
+    async with serving(dying, other):
+        await other.store(*[letter(n, broker="there") for n in range(3)])
+        await interrupted(dying)
+        await emptied(there)
+        progress = await redriven_later(other)
+        (log,) = await there.logs("orders.created")
+        stored = await there.read(log, 0, 10)
+
+    assert (progress.done, progress.failed) == (3, 0)
+    assert not stored
+
+
+async def test_a_target_that_was_trimmed_since_cannot_tell() -> None:
+    broker, there = memory(), Forgetting("there", Memory(type="memory"))
+    there.may_have_gaps = False
+    dying, other = Desked(broker, there), Desked(broker, there)
+    async with serving(dying, other):
+        await other.store(letter(0, broker="there"))
+        await interrupted(dying)
+        await emptied(there)
+        progress = await redriven_later(other)
+
+    assert (progress.done, progress.failed) == (0, 1)
+
+
+async def test_those_that_are_named_are_redriven_wherever_they_are() -> None:
+    async with desked() as one:
+        await one.store(*[letter(n, subscription="elsewhere") for n in range(5)])
+        everywhere = Filter(dead_letter_broker="memory", dead_letter_topic="dlq.>")
+        found = await one.listed(everywhere, oldest_first=True)
+        progress = await one.redrive(Filter(ids=frozenset({found[3].letter.id})))
+        events = await one.on("orders.created")
+
+    assert progress.done == 1
+    assert progress.scanned == 1
+    assert [event.id for event in events] == ["3"]
+
+
+async def test_none_that_can_go_anywhere_is_no_endless_wait() -> None:
+    async with desked() as one:
+        await one.store(letter(0, broker="gone"))
+        progress = await one.redrive()
+
+    assert (progress.done, progress.failed) == (0, 1)
+
+
+async def test_large_ones_go_in_small_batches() -> None:
+    """Their data is in memory at once: some 8 MiB, whatever the rate."""
+    broker = memory()
+    async with desked(broker) as one:
+        await one.store(*[letter(n, data=b"x" * 3_000_000) for n in range(7)])
+        progress = await one.redrive()
+        claims = [decode(event.data or b"") for event in await one.on(MARKS)]
+
+    assert progress.done == 7
+    assert [len(m.letters) for m in claims if m.kind is Kind.REDRIVE] == [3, 3, 1]
 
 
 async def test_while_its_broker_is_away_it_waits_and_goes_on() -> None:

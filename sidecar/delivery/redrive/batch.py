@@ -121,9 +121,11 @@ class Worker:
         going = await self._aim(letters) if self._redrives else {}
         if self._redrives:
             letters = [letter for letter in letters if letter.key in going]
+        if not letters:
+            return ends
         # The first one's turn is awaited before the claim, or a slow rate would outlast it.
         due = await self.pacer.due(len(letters), self.patience.stop) if self._redrives else 0
-        if not letters or self.patience.stop.is_set():
+        if self.patience.stop.is_set():
             return ends
         held = {letter.key: self._ledger.marks.held(letter.key) for letter in letters}
         claim, made = self._claim(letters, held, going), self.clock()

@@ -93,6 +93,9 @@ class Desk:
         """By broker. Raises SubscriptionMissing, InvalidRequest."""
         if wanted.dead_letter_topic or wanted.dead_letter_broker:
             places = [self._named_place(wanted)]
+        elif wanted.ids and not wanted.subscription:
+            where = {(one.broker, one.topic) for one in wanted.ids}
+            places = [place_of_topic(self._broker(b).name, topic) for b, topic in sorted(where)]
         elif wanted.subscription:
             places = [self._place(wanted.subscription)]
         else:
@@ -244,7 +247,7 @@ class Desk:
                 yield progress, False
         finally:
             patience.stop.set()
-        error = task.result()
+        error = Draining("the sidecar is stopping") if task.cancelled() else task.result()
         yield progress, error is None
         if error is not None:
             raise error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from sidecar.delivery.redrive.letter import life
 from sidecar.event import has_wildcard, pattern_matcher
 
 if TYPE_CHECKING:
@@ -38,6 +39,13 @@ class Filter(msgspec.Struct, frozen=True):
     def __bool__(self) -> bool:
         """Something is asked for: it is not every dead letter there is."""
         return self != Filter()
+
+    def numbers_in(self, log: Log) -> Sequence[int] | None:
+        """Of *ids*, those that are in this log; None: none are named."""
+        if not self.ids:
+            return None
+        here = life(log)
+        return [i.number for i in self.ids if (i.partition, i.life) == (log.partition, here)]
 
     def wants(self, letter: DeadLetter) -> bool:
         event = letter.event

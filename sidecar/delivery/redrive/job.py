@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from sidecar.delivery.redrive.letter import letter_of, log_key
 from sidecar.delivery.redrive.marks import Kind, State
 from sidecar.delivery.redrive.reading import Budget, Forward, Merge
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 MAX_BATCH = 100
 BATCH_SECONDS = 2.0
 """What a batch's publishing takes, at the rate."""
+BATCH_BYTES = 8 * 1024 * 1024
+"""Of data, which a batch has in memory at once; one dead letter may have more."""
 MANY_WAITING = 1000
 DONE = frozenset({State.REDRIVEN, State.DISCARDED})
 
@@ -65,7 +69,7 @@ class Job:
         logs = await self._patience.until_done(lambda: logs_of(self._broker, self._places))
         forget(self._ledger, logs)
         self._progress.total += sum(each.end - each.first for each in logs)
-        merge = Merge([Forward(self._broker, each, self._pick) for each in logs])
+        merge = Merge([self._reader(each) for each in logs])
         while not self._is_over:
             letter = await self._patience.until_done(lambda: merge.take(Budget()))
             if letter is None:
@@ -90,6 +94,14 @@ class Job:
             room = min(room, self._order.limit - self._progress.done)
         return room
 
+    def _reader(self, each: Log) -> Forward:
+        """Of those that are named, only what is between them is read."""
+        named = self._order.filter.numbers_in(each)
+        if named is None:
+            return Forward(self._broker, each, self._pick)
+        part = msgspec.structs.replace(each, end=min(each.end, max(named, default=-1) + 1))
+        return Forward(self._broker, part, self._pick, min(named, default=each.end))
+
     def _pick(self, each: Log, stored: StoredEvent) -> DeadLetter | None:
         self._progress.scanned += 1
         letter = pick(self._broker, self._places, each, stored)
@@ -110,7 +122,7 @@ class Job:
             self._wait_for([letter])
         else:
             self._batch.append(letter)
-            if len(self._batch) >= self._room:
+            if _is_full(self._batch, self._room):
                 await self._work_on_batch()
 
     async def _work_on_batch(self) -> None:
@@ -145,8 +157,10 @@ class Job:
             await self._patience.until_done(self._ledger.catch_up)
             self._forget_done()
             free = [letter for key, letter in self._waiting.items() if self._is_free(key)]
-            self._batch = free[: self._room]
-            for letter in self._batch:
+            for letter in free:
+                if _is_full(self._batch, self._room):
+                    break
+                self._batch.append(letter)
                 del self._waiting[letter.key]
             self._count()
             if self._batch:
@@ -159,6 +173,10 @@ class Job:
         return held is None or self._ledger.watch.may_take_over(
             held.claim, held.good_seconds, self._clock()
         )
+
+
+def _is_full(batch: Sequence[DeadLetter], room: int) -> bool:
+    return len(batch) >= room or sum(letter.data_bytes for letter in batch) >= BATCH_BYTES
 
 
 async def logs_of(broker: Broker, places: Sequence[Place]) -> Sequence[Log]:

@@ -12,7 +12,7 @@ import msgspec
 from sidecar.delivery.redrive.claims import Watch
 from sidecar.delivery.redrive.letter import log_key
 from sidecar.delivery.redrive.marks import Mark, Marks, decode, encode
-from sidecar.errors import BrokerUnavailable
+from sidecar.errors import BrokerUnavailable, TopicMissing
 from sidecar.event import Event, Position, Receipt
 from sidecar.wire.attributes import new_id
 from sidecar.wire.timestamps import now_ns
@@ -85,6 +85,17 @@ class Ledger:
 
         Raises the SidecarError of the try that failed; the mark may be there all the same.
         """
+        try:
+            await self._add(mark)
+        except TopicMissing as error:
+            raise TopicMissing(
+                f"{error.message}. It records what was done to dead letters: one partition, and "
+                "nothing may expire there before the dead letters do",
+                topic=TOPIC,
+                broker=self._broker.name,
+            ) from error
+
+    async def _add(self, mark: Mark) -> None:
         if not self._is_kept:
             await self._broker.keep(TOPIC)
             self._is_kept = True

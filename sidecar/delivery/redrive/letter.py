@@ -21,7 +21,7 @@ REDRIVE_ID = "sidecar-redrive-id"
 REDRIVE_GENERATION = "sidecar-redrive-generation"
 """Header of a redriven event: how often it has been a dead letter."""
 
-_ID = re.compile(r"([^/~\s]+)/([^/~\s]+)(?:/(\d{1,10}))?/(\d{1,19})~([0-9a-f]{8})")
+_ID = re.compile(r"([^/~\s]+)/([A-Za-z0-9_.-]+)(?:/(\d{1,10}))?/(\d{1,19})~([0-9a-f]{8})", re.ASCII)
 MAX_ID_LENGTH = 512
 
 
