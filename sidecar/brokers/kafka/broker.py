@@ -100,6 +100,10 @@ class KafkaBroker(Broker):
     ) -> asyncio.Future[Sequence[Outcome]]:
         return self._publisher.publish(topic, events)
 
+    async def keep(self, topic: str) -> None:
+        self._check_connected()
+        await self._in_thread(partial(self._topics.ensure, topic, kept=True))
+
     # -- subscriptions
 
     async def subscribe(self, interest: Interest) -> Source:

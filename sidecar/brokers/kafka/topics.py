@@ -54,8 +54,12 @@ class Topics:
                 self._admin = AdminClient(quiet(self._settings, self._client_id))
             return self._admin
 
-    def ensure(self, topic: str) -> None:
-        """See to it that *topic* is there. Raises TopicMissing."""
+    def ensure(self, topic: str, *, kept: bool = False) -> None:
+        """
+        See to it that *topic* is there. Raises TopicMissing.
+
+        *kept*: made here, it has one partition, in which nothing expires.
+        """
         known = self._metadata(topic).get(topic)
         if known is not None and known.error is None:
             return
@@ -66,14 +70,16 @@ class Topics:
             raise translate(error, broker=self._broker, topic=topic)
         if not self._settings.auto_create_topics:
             raise topic_missing(self._broker, topic)
-        self._create(topic)
+        self._create(topic, kept=kept)
 
-    def _create(self, topic: str) -> None:
+    def _create(self, topic: str, *, kept: bool) -> None:
         settings = self._settings
         config = {"max.message.bytes": self._max_message_bytes} | settings.topic_settings
+        if kept:
+            config |= {"cleanup.policy": "delete", "retention.ms": -1, "retention.bytes": -1}
         new = NewTopic(
             topic,
-            num_partitions=settings.topic_partitions,
+            num_partitions=1 if kept else settings.topic_partitions,
             replication_factor=settings.topic_replication,
             config={name: _text(value) for name, value in config.items()},
         )
@@ -91,13 +97,18 @@ class Topics:
         while not self.matching(topic) and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS)  # noqa: TID251 - in a thread
 
-    def matching(self, pattern: str) -> Mapping[str, Sequence[int]]:
-        """The topics that *pattern* names, with the numbers of their partitions."""
+    def matching(self, pattern: str, *, dead_letters: bool = False) -> Mapping[str, Sequence[int]]:
+        """
+        The topics that *pattern* names, with the numbers of their partitions.
+
+        Those of dead letters only where it names them, or *dead_letters* is set.
+        """
         known = self._metadata(pattern) if not has_wildcard(pattern) else self._metadata(None)
         return {
             name: sorted(found.partitions)
             for name, found in known.items()
-            if found.error is None and names(pattern, name)
+            if found.error is None
+            and (names(pattern, name) or (dead_letters and names_dead_letters(pattern, name)))
         }
 
     def _metadata(self, topic: str | None) -> Mapping[str, Any]:
@@ -123,6 +134,11 @@ def names(pattern: str, topic: str) -> bool:
         topic.endswith(DEAD_LETTERS) and not pattern.endswith(DEAD_LETTERS)
     )
     return not hidden and pattern_matcher(pattern).fullmatch(topic) is not None
+
+
+def names_dead_letters(pattern: str, topic: str) -> bool:
+    """Whether *topic*, which holds dead letters, is one of *pattern* as any other would be."""
+    return topic.endswith(DEAD_LETTERS) and pattern_matcher(pattern).fullmatch(topic) is not None
 
 
 def _text(value: object) -> str:
