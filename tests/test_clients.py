@@ -87,9 +87,10 @@ async def test_a_run_without_a_sidecar_says_where_it_looked_and_fails(
     assert f"{tmp_path}/none.sock".encode() in done.stderr
 
 
-def test_the_lock_file_of_node_names_no_host() -> None:
+@pytest.mark.parametrize("folder", ["node", "receivers/node"])
+def test_the_lock_file_of_node_names_no_host(folder: str) -> None:
     """So that it holds for every registry; the hashes say that the content is the same."""
-    locked = json.loads((CLIENTS / "node" / "package-lock.json").read_text(encoding="utf-8"))
+    locked = json.loads((CLIENTS / folder / "package-lock.json").read_text(encoding="utf-8"))
     packages = [entry for name, entry in locked["packages"].items() if name]
 
     assert [entry for entry in packages if "resolved" in entry] == []
