@@ -70,6 +70,11 @@ _STREAM_BUDGETS = {
     "jetstream": Budget(cpu_us=26, ratio=0.7),
 }
 
+
+def _in_batches(batch: int) -> str:
+    return "an event a request" if batch == 1 else f"batches of up to {batch}"
+
+
 _SIZES = (1_000, 10_000, 100_000)
 """Of a partition of Kafka some 700 to 1,900 events may be unacked, so there only the first."""
 
@@ -101,6 +106,16 @@ BENCHES: tuple[Bench, ...] = (
         load="consume",
         raw="raw-consume",
         window=256,
+    ),
+    *(
+        Bench(
+            name=f"push-{batch}",
+            title=f"deliver + ack, push, {_in_batches(batch)}",
+            load="push",
+            raw="raw-consume",
+            batch=batch,
+        )
+        for batch in (1, 100)
     ),
     *(
         Bench(

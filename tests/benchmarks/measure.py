@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pstats
 import subprocess
 import sys
@@ -26,6 +27,9 @@ TOPIC = "benchmarks.made"
 IDLE_SECONDS = 2.0
 QUIET_CORES = 0.25
 """A round counts when everything else on the machine took less; if none does, all count."""
+
+
+_CONSUMING = frozenset({"consume", "push"})
 
 
 class RoundFailed(Exception):
@@ -71,7 +75,7 @@ def run(bench: Bench, target: Target, effort: Effort) -> Result:
     quiet: list[tuple[Sample, Sample]] = []
     while len(quiet) < effort.rounds and len(rounds) < 2 * effort.rounds:
         raw = _round(bench, target, effort, len(rounds), None)
-        with SidecarProcess(target.config) as sidecar:
+        with SidecarProcess(_config(bench, target, len(rounds))) as sidecar:
             ours = _round(bench, target, effort, len(rounds), sidecar)
         rounds.append((raw, ours))
         if _is_quiet(raw) and _is_quiet(ours):
@@ -86,6 +90,27 @@ def run(bench: Bench, target: Target, effort: Effort) -> Result:
     )
 
 
+def _config(bench: Bench, target: Target, number: int) -> str:
+    """Of push the app cannot say what it subscribes to; the sidecar starts in an empty directory."""
+    if bench.load != "push":
+        return target.config
+    return f"""{target.config}
+[[subscriptions]]
+name = "{_subscription(bench, number)}"
+topic = "{TOPIC}"
+max_in_flight = {bench.window}
+push = {{ url = "unix://{_push_socket()}:/events", max_batch_events = {bench.batch} }}
+"""
+
+
+def _subscription(bench: Bench, number: int, whose: str = "sidecar") -> str:
+    return f"{bench.name}-{whose}-{number}"
+
+
+def _push_socket() -> Path:
+    return Path(tempfile.gettempdir()) / f"benchmarks-{os.getpid()}.sock"
+
+
 def _is_quiet(sample: Sample) -> bool:
     return sample.other_cpu_seconds / sample.seconds < QUIET_CORES
 
@@ -95,8 +120,9 @@ def profile(bench: Bench, target: Target, effort: Effort, lines: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "profile"
         profiled = [sys.executable, "-m", "cProfile", "-o", str(file), "-m", "sidecar"]
-        with SidecarProcess(target.config, command=profiled) as sidecar:
-            _prepare(bench, target, effort)
+        config = _config(bench, target, 0)
+        _prepare(bench, target, effort)
+        with SidecarProcess(config, command=profiled) as sidecar:
             sample = _round(bench, target, effort, 0, sidecar)
         stats = pstats.Stats(str(file))
         sys.stdout.write(f"{sample.cpu_us:.0f} µs per event, cProfile's own included\n")
@@ -121,7 +147,7 @@ def starts(target: Target, effort: Effort, tell: Callable[[str], None]) -> list[
 
 def _prepare(bench: Bench, target: Target, effort: Effort) -> None:
     target.empty(TOPIC)
-    if bench.load == "consume":
+    if bench.load in _CONSUMING:
         _load(
             Spec(
                 load="fill",
@@ -146,7 +172,7 @@ def _round(
     bench: Bench, target: Target, effort: Effort, number: int, sidecar: SidecarProcess | None
 ) -> Sample:
     """One round, of the raw client where there is no *sidecar*. Raises RoundFailed if anything failed in it."""
-    if bench.load != "consume":
+    if bench.load not in _CONSUMING:
         target.empty(TOPIC)
     sample = _load(
         Spec(
@@ -164,7 +190,8 @@ def _round(
             credit=bench.credit,
             kept=bench.kept,
             events=_to_consume(bench, target, effort),
-            subscription=f"{bench.name}-{'sidecar' if sidecar else 'raw'}-{number}",
+            push_socket=str(_push_socket()) if sidecar else "",
+            subscription=_subscription(bench, number, "sidecar" if sidecar else "raw"),
             warm_seconds=effort.warm_seconds,
             seconds=effort.seconds,
         )

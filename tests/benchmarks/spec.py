@@ -16,6 +16,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     topic: str
     grpc_socket: str = ""
     http_socket: str = ""
+    push_socket: str = ""
+    """Where the app is to listen that is pushed to."""
     watched_pid: int = 0
     """The process whose CPU time and memory are measured; 0: the load's own (raw clients)."""
     broker_pid: int

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import uvloop
 
-from tests.benchmarks.loads import grpc, http, latency
+from tests.benchmarks.loads import grpc, http, latency, push
 from tests.benchmarks.spec import Sample, Spec
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ LOADS: Mapping[str, Callable[[Spec], Awaitable[Sample]]] = {
     "cloudevents": http.cloudevents,
     "consume": grpc.consume,
     "latency": latency.latency,
+    "push": push.push,
 }
 
 
