@@ -76,9 +76,10 @@ def test_the_python_block_works_as_printed(default_sidecar: SidecarProcess) -> N
 
 
 def test_the_configuration_printed_is_valid() -> None:
-    brokers, delivery = blocks("toml")
+    brokers, delivery, push = blocks("toml")
     checked = config.check(tomllib.loads(brokers))
     rules = config.check(tomllib.loads(delivery)).subscriptions[0].retry.rules
 
     assert list(checked.brokers) == ["realtime", "log"]
+    assert config.check(tomllib.loads(push)).subscriptions[0].push is not None
     assert [rule.action for rule in rules] == ["retry_uncounted", "reject"]

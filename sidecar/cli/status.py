@@ -54,6 +54,7 @@ def _show_all(console: Console, found: Status) -> None:
     _show_brokers(console, found)
     _show_routes(console, found)
     _show_subscriptions(console, found)
+    _show_push(console, found)
     _show_lag(console, found)
 
 
@@ -85,7 +86,7 @@ def _show_subscriptions(console: Console, found: Status) -> None:
             s.name,
             s.topic,
             s.broker,
-            s.state + (f": {s.detail}" if s.detail else ""),
+            ("standby" if s.standby else s.state) + (f": {s.detail}" if s.detail else ""),
             str(s.consumers),
             str(s.in_flight_events),
             str(s.waiting_events),
@@ -96,6 +97,22 @@ def _show_subscriptions(console: Console, found: Status) -> None:
     ]
     counts = ("consumers", "in flight", "waiting", "to retry", "lag")
     _show_table(console, ("subscription", "topic", "broker", "state", *counts), rows)
+
+
+def _show_push(console: Console, found: Status) -> None:
+    rows = [
+        (
+            s.name,
+            s.push.url,
+            s.push.circuit + (f": {s.push.detail}" if s.push.detail else ""),
+            str(s.push.requests),
+            str(s.push.concurrency),
+        )
+        for s in found.subscriptions
+        if s.push is not None
+    ]
+    heads = ("push: subscription", "url", "circuit", "requests", "at most")
+    _show_table(console, heads, rows)
 
 
 def _show_lag(console: Console, found: Status) -> None:

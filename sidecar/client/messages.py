@@ -20,6 +20,7 @@ from sidecar.client.values import (
     Opened,
     PartitionLag,
     PublishFailed,
+    PushStatus,
     RetryPolicy,
     RouteStatus,
     SettleFailed,
@@ -341,6 +342,21 @@ def _subscription_from(message: admin_pb2.SubscriptionStatus) -> SubscriptionSta
         partitions=tuple(
             PartitionLag(p.topic, p.partition, p.lag_events) for p in message.partitions
         ),
+        held_bytes=message.held_bytes,
+        reestablished=message.reestablished,
+        push=_push_from(message.push) if message.HasField("push") else None,
+        standby=message.standby,
+    )
+
+
+def _push_from(message: admin_pb2.PushStatus) -> PushStatus:
+    circuit = admin_pb2.CircuitState.Name(message.circuit)
+    return PushStatus(
+        url=message.url,
+        circuit=circuit.removeprefix("CIRCUIT_STATE_").lower(),
+        detail=message.detail,
+        concurrency=message.concurrency,
+        requests=message.requests,
     )
 
 

@@ -205,6 +205,16 @@ class PartitionLag(msgspec.Struct, frozen=True):
     lag_events: int
 
 
+class PushStatus(msgspec.Struct, frozen=True):
+    """*circuit* is closed, open or half_open; *detail* says why it is not closed."""
+
+    url: str
+    circuit: str
+    detail: str
+    concurrency: int
+    requests: int
+
+
 class SubscriptionStatus(msgspec.Struct, frozen=True):
     """*state* is connecting, active, paused or draining; *lag_events* is None where unknown."""
 
@@ -222,6 +232,12 @@ class SubscriptionStatus(msgspec.Struct, frozen=True):
     declared: bool
     partitions: Sequence[PartitionLag] = ()
     """*lag_events* by partition, where the broker has partitions."""
+    held_bytes: int = 0
+    reestablished: int = 0
+    """How often the watchdog subscribed it anew."""
+    push: PushStatus | None = None
+    standby: bool = False
+    """Another sidecar has the events; this one takes over when that leaves."""
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -141,6 +141,8 @@ class Metrics:
         # `labels` takes a lock and a microsecond; there are as many to remember as there are series.
         self._counter = cache(self._published.labels)
         self._duration = cache(self._publish_duration.labels)
+        self._ended = cache(self._delivered.labels)
+        self._answered = cache(self._push_duration.labels)
         self.declared((), (), ())
 
     def declared(
@@ -177,7 +179,7 @@ class Metrics:
         return _tally(zip(map(self._event_type, fact.types), results, strict=False))
 
     def settled(self, fact: Settled) -> None:
-        self._delivered.labels(self._subscription(fact.subscription), fact.result).inc(fact.count)
+        self._ended(self._subscription(fact.subscription), fact.result).inc(fact.count)
 
     def dead_lettered(self, fact: DeadLettered) -> None:
         self._dead_letters.labels(self._subscription(fact.subscription), fact.reason).inc()
@@ -187,7 +189,7 @@ class Metrics:
 
     def pushed(self, fact: Pushed) -> None:
         subscription = self._subscription(fact.subscription)
-        self._push_duration.labels(subscription, fact.outcome).observe(fact.seconds)
+        self._answered(subscription, fact.outcome).observe(fact.seconds)
 
     def reestablished(self, fact: Reestablished) -> None:
         self._reestablished.labels(self._subscription(fact.subscription)).inc()

@@ -7,7 +7,14 @@ import asyncio
 import sys
 from typing import TYPE_CHECKING, Protocol
 
-from tests.drills import dead_letters, failing_key, kafka, shared_subscription, slow_consumer
+from tests.drills import (
+    dead_letters,
+    failing_key,
+    kafka,
+    push_app_down,
+    shared_subscription,
+    slow_consumer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -25,6 +32,7 @@ SCENARIOS: Mapping[str, Callable[[int], Coroutine[None, None, Report]]] = {
     **kafka.SCENARIOS,
     **failing_key.SCENARIOS,
     **slow_consumer.SCENARIOS,
+    **push_app_down.SCENARIOS,
     **dead_letters.SCENARIOS,
 }
 EVENTS = {
@@ -32,6 +40,7 @@ EVENTS = {
     **dict.fromkeys(kafka.SCENARIOS, kafka.EVENTS),
     **dict.fromkeys(failing_key.SCENARIOS, failing_key.EVENTS),
     **dict.fromkeys(slow_consumer.SCENARIOS, slow_consumer.EVENTS),
+    **dict.fromkeys(push_app_down.SCENARIOS, push_app_down.EVENTS),
     **dict.fromkeys(dead_letters.SCENARIOS, dead_letters.EVENTS),
 }
 
