@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from contextlib import asynccontextmanager
@@ -245,6 +246,71 @@ async def test_a_poison_event_that_crashes_the_app_three_times_is_quarantined_an
     assert ends == [3, 3, 3, -1]
     assert sorted({line.partition(" ")[0] for line in app.lines}) == ["1", "2", "3"]
     assert app.lines.count("1 1") == 1
+    assert letter.id == "poison"
+    assert letter.headers["sidecar-dead-letter-reason"] == "app_crash"
+    assert letter.headers["sidecar-dead-letter-attempts"] == "3"
+
+
+class PushedApp:
+    """tests/support/pushed_app.py, which is started again when it ended, as a supervisor does."""
+
+    def __init__(self, socket: Path) -> None:
+        self._socket = socket
+        self.lines: list[str] = []
+        self.ends: list[int] = []
+
+    async def supervise(self) -> None:
+        while True:
+            self._socket.unlink(missing_ok=True)
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "tests.support.pushed_app",
+                str(self._socket),
+                stdout=asyncio.subprocess.PIPE,
+                cwd=ROOT,
+            )
+            assert process.stdout is not None
+            try:
+                async for line in process.stdout:
+                    self.lines.append(line.decode().strip())
+                self.ends.append(await process.wait())
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+
+
+@pytest.mark.timeout(150)
+async def test_a_poison_event_that_is_pushed_is_quarantined_too(
+    broker: tuple[str, str], tmp_path: Path
+) -> None:
+    """Its app ends three times, and is started again each time; what is around it is done once."""
+    setting = Setting(broker, attempts=10)
+    socket = tmp_path / "app.sock"
+    pushed = setting.config.replace(
+        f'topic = "{setting.topic}"\n',
+        f'topic = "{setting.topic}"\npush = {{ url = "unix://{socket}:/events" }}\n',
+    )
+    sidecar = SidecarProcess(pushed)
+    app = PushedApp(socket)
+    async with running(sidecar):
+        supervising = asyncio.create_task(app.supervise())
+        async with Client(sidecar) as client:
+            events = [event(str(n), key=str(n % 3)) for n in range(60)]
+            events.insert(30, event("poison", key="1", data=b"poison"))
+            await client.publish_events(setting.topic, events)
+        await until(lambda: sum(line.startswith("done") for line in app.lines) >= 60)
+        [letter] = await setting.letters(sidecar, 1)
+        supervising.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await supervising
+
+    done = [line.split()[1] for line in app.lines if line.startswith("done")]
+    assert app.ends == [3, 3, 3]
+    assert sorted(done, key=int) == [str(n) for n in range(60)]
+    for key in range(3):
+        assert [n for n in map(int, done) if n % 3 == key] == list(range(key, 60, 3))
     assert letter.id == "poison"
     assert letter.headers["sidecar-dead-letter-reason"] == "app_crash"
     assert letter.headers["sidecar-dead-letter-attempts"] == "3"
