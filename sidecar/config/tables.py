@@ -192,6 +192,7 @@ class NatsConnection(Secrets):
 class Nats(NatsConnection):
     type: Literal["nats"]
     max_waiting_events: Count = 10_000
+    max_waiting_bytes: Bytes = 32 * MIB
 
 
 class Stream(Settings):

@@ -48,6 +48,25 @@ async def test_what_overflows_the_buffer_is_lost_and_counted(nats_server: NatsSe
     assert source.dropped == 15
 
 
+async def test_the_buffer_is_bounded_in_bytes_too(nats_server: NatsServer) -> None:
+    """Ten of 100 kB fit into a mebibyte, with their headers; what is fetched makes room again."""
+    topic = fresh("topic")
+    large = [event(str(n), data=b"x" * 100_000) for n in range(25)]
+    async with broker_on(nats_server, max_waiting_bytes=1024 * 1024) as broker:
+        source = await broker.subscribe(
+            Interest(fresh("name"), topic, 100, Start(), max_in_flight_bytes=250_000)
+        )
+        await publish(broker, topic, large)
+        await until(lambda: source.dropped == 15)
+        batches = [list(await source.fetch(100)) for _ in range(3)]
+        await publish(broker, topic, large[:9])
+        rest = await take(source, 10)
+
+    assert [ids(batch) for batch in batches] == [numbers(3), ["3", "4", "5"], ["6", "7", "8"]]
+    assert ids(rest) == ["9", *numbers(9)]
+    assert source.dropped == 15
+
+
 async def test_what_is_released_comes_first_again(nats_server: NatsServer) -> None:
     """Into our own buffer, in the order it had."""
     topic = fresh("topic")

@@ -164,7 +164,12 @@ class NatsBroker(Broker):
                 broker=self.name,
                 subscription=interest.name,
             )
-        source = NatsSource(self._connection, interest, self._settings.max_waiting_events)
+        source = NatsSource(
+            self._connection,
+            interest,
+            max_events=self._settings.max_waiting_events,
+            max_bytes=self._settings.max_waiting_bytes,
+        )
         await source.open()
         return source
 
@@ -209,10 +214,15 @@ def _is_topic(subject: bytes) -> bool:
 class NatsSource(Source):
     """A queue group's messages. What overflows the buffer is lost, and counted."""
 
-    def __init__(self, connection: Connection, interest: Interest, capacity: int) -> None:
+    def __init__(
+        self, connection: Connection, interest: Interest, *, max_events: int, max_bytes: int
+    ) -> None:
         self._connection = connection
         self._interest = interest
-        self._capacity = capacity
+        self._max_events = max_events
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        """Of the frames in the buffer; what was given back is bounded by what was fetched."""
         self._buffer: deque[Incoming | tuple[bytes, bytes | None, bytes]] = deque()
         self._arrived = asyncio.Event()
         self._closed = False
@@ -243,9 +253,11 @@ class NatsSource(Source):
             self._on_frame(subject, reply, headers, data)
 
     def _on_frame(self, subject: bytes, _reply: bytes, headers: bytes | None, data: bytes) -> None:
-        if len(self._buffer) >= self._capacity:
+        size = len(data) + len(headers or b"")
+        if len(self._buffer) >= self._max_events or self._bytes + size > self._max_bytes:
             self._dropped += 1
             return
+        self._bytes += size
         self._buffer.append((subject, headers, data))
         self._arrived.set()
 
@@ -257,10 +269,18 @@ class NatsSource(Source):
                 break
             self._arrived.clear()
             await self._arrived.wait()
-        taken = []
-        for _ in range(min(limit, len(self._buffer))):
+        taken: list[Incoming] = []
+        room = self._interest.max_in_flight_bytes
+        while self._buffer and len(taken) < limit and (room > 0 or not taken):
             item = self._buffer.popleft()
-            incoming = item if isinstance(item, Incoming) else self._incoming(*item)
+            if isinstance(item, Incoming):
+                incoming = item
+                room -= incoming.event.size if incoming.event is not None else len(incoming.raw)
+            else:
+                size = len(item[2]) + len(item[1] or b"")
+                self._bytes -= size
+                room -= size
+                incoming = self._incoming(*item)
             self._held[incoming.handle] = incoming
             taken.append(incoming)
         return taken
