@@ -76,7 +76,7 @@ def _in_batches(batch: int) -> str:
 
 
 _SIZES = (1_000, 10_000, 100_000)
-"""Of a partition of Kafka some 700 to 1,900 events may be unacked, so there only the first."""
+"""Of a partition of Kafka some 600 to 1,400 events may be unacked, so there only the first."""
 
 BENCHES: tuple[Bench, ...] = (
     *(bench for door in _DOORS for bench in _callers(*door)),

@@ -496,7 +496,7 @@ async def test_fetching_stops_when_the_gap_grows_too_wide_and_goes_on_when_it_cl
         async with asyncio.timeout(3):
             await take_and_ack_every_second()
     stopped_at = len(taken)
-    recorded = [source.failed(incoming.handle, Failures(1000)) for incoming in left]
+    recorded = [source.failed(incoming.handle, Failures(1000, 15)) for incoming in left]
     async with asyncio.timeout(5):
         await asyncio.gather(*filter(None, recorded))
     stored = await committed(cluster, wanted.name, topic)

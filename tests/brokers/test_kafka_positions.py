@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pydantic import ValidationError
 
+from sidecar.broker import MAX_CRASHES, NO_FAILURES, Failures
 from sidecar.brokers.kafka import positions as module
 from sidecar.brokers.kafka.positions import (
     MAX_ATTEMPTS,
@@ -33,12 +34,18 @@ if TYPE_CHECKING:
     from _typeshed import TraceFunction
 
 BIG = 1 << 40
+SECOND = 1_000_000_000
+
+
+def found(positions: PartitionPositions, log: Iterable[int]) -> dict[int, Failures]:
+    """What of *log*, fetched in this order, is handed out, with the failures so far."""
+    asked = ((offset, positions.fetched(offset)) for offset in log)
+    return {offset: failures for offset, failures in asked if failures is not None}
 
 
 def handed_out(positions: PartitionPositions, log: Iterable[int]) -> dict[int, int]:
-    """What of *log*, fetched in this order, is handed out, with the failed attempts so far."""
-    asked = ((offset, positions.fetched(offset)) for offset in log)
-    return {offset: attempts for offset, attempts in asked if attempts is not None}
+    """The same with the failed attempts alone."""
+    return {offset: failures.attempts for offset, failures in found(positions, log).items()}
 
 
 def committed(positions: PartitionPositions) -> tuple[int, str]:
@@ -55,7 +62,7 @@ def until_wide(
     for offset in offsets:
         if positions.too_wide:
             return taken
-        assert positions.fetched(offset) == 0
+        assert positions.fetched(offset) == NO_FAILURES
         taken.append(offset)
         if ack:
             positions.acked(offset)
@@ -63,6 +70,14 @@ def until_wide(
 
 
 # -- against the naive oracle
+
+
+FAILURES = st.builds(
+    Failures,
+    st.integers(1, 6) | st.integers(1, MAX_ATTEMPTS),
+    st.integers(0, MAX_CRASHES),
+    st.just(0) | st.integers(1, 1 << 34 - 1).map(SECOND.__mul__),
+)
 
 
 class Group(RuleBasedStateMachine):
@@ -83,21 +98,23 @@ class Group(RuleBasedStateMachine):
         start = max(0, first - 2)
         self.positions = PartitionPositions.at(start) if new else PartitionPositions(start)
         self.acked: set[int] = set()
-        self.attempts: dict[int, int] = {}
+        self.failures: dict[int, Failures] = {}
         self.out: set[int] = set()
         self.back: set[int] = set()
         self.next = start
         self.vanished = False
-        self.commits: list[tuple[int, str, set[int], dict[int, int]]] = [(start, "", set(), {})]
+        self.commits: list[tuple[int, str, set[int], dict[int, Failures]]] = [
+            (start, "", set(), {})
+        ]
 
-    def expected(self, log: Iterable[int]) -> dict[int, int]:
-        return {o: self.attempts.get(o, 0) for o in log if o not in self.acked | self.out}
+    def expected(self, log: Iterable[int]) -> dict[int, Failures]:
+        return {o: self.failures.get(o, NO_FAILURES) for o in log if o not in self.acked | self.out}
 
     @rule(count=st.integers(1, 12))
     def fetch(self, count: int) -> None:
         batch = [offset for offset in self.log if offset >= self.next][:count]
         expected = self.expected(batch)
-        got = handed_out(self.positions, batch)
+        got = found(self.positions, batch)
         self.out.update(got)
         self.back.difference_update(got)
         self.next = batch[-1] + 1 if batch else self.next
@@ -112,14 +129,14 @@ class Group(RuleBasedStateMachine):
         self.positions.acked(offset)
         self.out.remove(offset)
         self.acked.add(offset)
-        self.attempts.pop(offset, None)
+        self.failures.pop(offset, None)
 
     @precondition(lambda self: self.out)
-    @rule(data=st.data(), attempts=st.integers(1, 6) | st.integers(1, MAX_ATTEMPTS))
-    def fail(self, data: st.DataObject, attempts: int) -> None:
+    @rule(data=st.data(), failures=FAILURES)
+    def fail(self, data: st.DataObject, failures: Failures) -> None:
         offset = data.draw(st.sampled_from(sorted(self.out)))
-        self.positions.failed(offset, attempts)
-        self.attempts[offset] = attempts
+        self.positions.failed(offset, failures)
+        self.failures[offset] = failures
 
     @precondition(lambda self: self.out)
     @rule(data=st.data())
@@ -128,7 +145,7 @@ class Group(RuleBasedStateMachine):
         offset = data.draw(st.sampled_from(sorted(self.out)))
         self.positions.released(offset)
         self.positions.acked(offset)
-        self.positions.failed(offset, 7)
+        self.positions.failed(offset, Failures(7))
         self.out.remove(offset)
         self.back.add(offset)
 
@@ -136,11 +153,11 @@ class Group(RuleBasedStateMachine):
     @rule()
     def again(self) -> None:
         batch = sorted(self.back)
-        got = handed_out(self.positions, batch)
+        got = found(self.positions, batch)
         self.out.update(got)
         self.back.clear()
 
-        assert got == {offset: self.attempts.get(offset, 0) for offset in batch}
+        assert got == {offset: self.failures.get(offset, NO_FAILURES) for offset in batch}
 
     @rule(data=st.data())
     def vanish(self, data: st.DataObject) -> None:
@@ -150,7 +167,7 @@ class Group(RuleBasedStateMachine):
         if there:
             offset = data.draw(st.sampled_from(there))
             self.log.remove(offset)
-            self.attempts.pop(offset, None)
+            self.failures.pop(offset, None)
             self.vanished = True
 
     @rule(answered=st.booleans())
@@ -158,7 +175,7 @@ class Group(RuleBasedStateMachine):
         due = self.positions.commit()
         if due is None:
             return
-        self.commits.append((*due, set(self.acked), dict(self.attempts)))
+        self.commits.append((*due, set(self.acked), dict(self.failures)))
         if answered:
             self.positions.confirm(*due)
             assert self.positions.commit() is None
@@ -167,9 +184,9 @@ class Group(RuleBasedStateMachine):
     def restart(self, back: int) -> None:
         """A new owner, from the last commit or the one before (when the last did not arrive)."""
         del self.commits[len(self.commits) - min(back, len(self.commits)) + 1 :]
-        offset, metadata, acked, attempts = self.commits[-1]
+        offset, metadata, acked, failures = self.commits[-1]
         self.positions = PartitionPositions(offset, metadata)
-        self.acked, self.attempts = set(acked), dict(attempts)
+        self.acked, self.failures = set(acked), dict(failures)
         self.out, self.back = set(), set()
         self.next = self.positions.next_offset
 
@@ -185,7 +202,7 @@ class Group(RuleBasedStateMachine):
         out, self.out = self.out, set()
         expected = self.expected(self.log)
         self.out = out
-        got = handed_out(PartitionPositions(offset, metadata), [o for o in self.log if o >= offset])
+        got = found(PartitionPositions(offset, metadata), [o for o in self.log if o >= offset])
 
         assert got == expected
         assert len(metadata.encode()) <= METADATA_BYTES
@@ -254,13 +271,13 @@ def test_a_new_start_is_committed_at_once() -> None:
 def test_attempts_travel_and_end_with_the_ack() -> None:
     positions = PartitionPositions(0)
     handed_out(positions, range(4))
-    positions.failed(1, 1)
-    positions.failed(3, 2)
-    positions.failed(3, 3)
+    positions.failed(1, Failures(1))
+    positions.failed(3, Failures(2))
+    positions.failed(3, Failures(3))
     first = PartitionPositions(*committed(positions))
     taken_over = handed_out(first, range(5))
     first.acked(3)
-    first.failed(1, 0)
+    first.failed(1, Failures(0))
 
     assert taken_over == {0: 0, 1: 1, 2: 0, 3: 3, 4: 0}
     assert handed_out(PartitionPositions(*committed(first)), range(5)) == {0: 0, 1: 0, 2: 0, 4: 0}
@@ -274,7 +291,7 @@ def test_acks_are_handed_down_from_owner_to_owner() -> None:
     first.acked(3)
     second = PartitionPositions(*committed(first))
     second.fetched(0)
-    second.failed(0, 1)
+    second.failed(0, Failures(1))
     third = PartitionPositions(*committed(second))
 
     assert handed_out(third, range(5)) == {0: 1, 2: 0, 4: 0}
@@ -283,7 +300,7 @@ def test_acks_are_handed_down_from_owner_to_owner() -> None:
 def test_more_attempts_than_are_kept_cannot_be_configured() -> None:
     positions = PartitionPositions(0)
     positions.fetched(0)
-    positions.failed(0, BIG)
+    positions.failed(0, Failures(BIG, 99))
 
     with pytest.raises(ValidationError):
         Retry(max_attempts=MAX_ATTEMPTS + 1)
@@ -293,7 +310,7 @@ def test_more_attempts_than_are_kept_cannot_be_configured() -> None:
 def test_released_offsets_come_again_and_only_they() -> None:
     positions = PartitionPositions(0)
     handed_out(positions, range(6))
-    positions.failed(2, 4)
+    positions.failed(2, Failures(4))
     positions.released(2)
     positions.released(4)
     positions.acked(3)
@@ -308,7 +325,7 @@ def test_what_vanished_before_a_new_owner_fetched_it_holds_nothing_back() -> Non
     """The broker's retention or compaction took it: nobody gets it any more."""
     former = PartitionPositions(0)
     handed_out(former, range(4))
-    former.failed(1, 2)
+    former.failed(1, Failures(2))
     former.acked(2)
     former.acked(3)
     positions = PartitionPositions(*committed(former))
@@ -366,14 +383,15 @@ def widest(spacing: int, keep: int, attempts: int) -> tuple[int, bool]:
     positions = PartitionPositions(BIG)
     taken = until_wide(positions, itertools.count(BIG, spacing))
     expected = {}
+    failures = Failures(attempts, MAX_CRASHES if attempts == MAX_ATTEMPTS else 0)
     for place, offset in enumerate(taken):
         if place % keep == 0:
-            expected[offset] = attempts
-            positions.failed(offset, attempts)
+            expected[offset] = failures
+            positions.failed(offset, failures)
         else:
             positions.acked(offset)
     due = committed(positions)
-    return len(due[1]), handed_out(PartitionPositions(*due), taken) == expected
+    return len(due[1]), found(PartitionPositions(*due), taken) == expected
 
 
 def test_the_metadata_fits_whatever_happens_after_too_wide() -> None:
@@ -400,12 +418,12 @@ def test_the_metadata_fits_in_any_mixture(
     chance = random.Random(seed)
     positions = PartitionPositions(7)
     log: list[int] = []
-    expected: dict[int, int] = {}
+    expected: dict[int, Failures] = {}
     offset = 7
     while not positions.too_wide and len(log) < 8000:
-        assert positions.fetched(offset) == 0
+        assert positions.fetched(offset) == NO_FAILURES
         log.append(offset)
-        expected[offset] = 0
+        expected[offset] = NO_FAILURES
         if chance.random() < steps and offset != log[0]:
             positions.acked(offset)
             del expected[offset]
@@ -415,12 +433,16 @@ def test_the_metadata_fits_in_any_mixture(
             positions.acked(one)
             del expected[one]
         elif chance.random() < failing:
-            expected[one] = chance.randint(1, MAX_ATTEMPTS)
+            counts = chance.randint(1, MAX_ATTEMPTS), chance.randint(0, MAX_CRASHES)
+            first_ns = chance.choice([0, chance.randint(1, 1 << 34) * SECOND])
+            expected[one] = Failures(*counts, first_ns)
             positions.failed(one, expected[one])
     due = positions.commit() or (7, "")
+    got = found(PartitionPositions(*due), [o for o in log if o >= due[0]])
+    without = {one: Failures(f.attempts, f.crashes) for one, f in expected.items()}
 
     assert len(due[1].encode()) <= METADATA_BYTES
-    assert handed_out(PartitionPositions(*due), [o for o in log if o >= due[0]]) == expected
+    assert got in (expected, without)  # times are left out where they do not fit, all of them
 
 
 def test_who_does_not_ask_gets_more_again_but_never_too_much_metadata() -> None:
@@ -444,7 +466,7 @@ def test_too_wide_ends_when_half_is_done() -> None:
         answers.append(positions.too_wide)
     changes = sum(a != b for a, b in itertools.pairwise(answers))
 
-    assert len(taken) > 1500
+    assert len(taken) > 1300
     assert changes == 1
     assert 0.4 < answers.index(False) / len(taken) < 0.6
 
@@ -453,7 +475,7 @@ def test_one_stuck_offset_stops_fetching_only_at_the_widest_gap() -> None:
     """A failing key holds back only itself, as long as skipping the rest again is cheap."""
     positions = PartitionPositions(0)
     positions.fetched(0)
-    positions.failed(0, 3)
+    positions.failed(0, Failures(3))
     taken = until_wide(positions, itertools.count(1), ack=True)
     size = len(committed(positions)[1])
     positions.acked(0)
@@ -472,7 +494,7 @@ def test_a_new_owner_of_a_wide_partition_fetches_what_is_pending() -> None:
     heir = PartitionPositions(*committed(positions))
     for offset in taken[:-1]:
         assert not heir.too_wide
-        assert heir.fetched(offset) == 0
+        assert heir.fetched(offset) == NO_FAILURES
 
     assert heir.fetched(taken[-1]) is None
     assert heir.next_offset == taken[-1] + 1
@@ -485,8 +507,49 @@ def test_released_offsets_are_fetched_again_however_wide_it_is() -> None:
         positions.released(offset)
     again = [positions.fetched(offset) for offset in taken]
 
-    assert again == [0] * len(taken)
+    assert again == [NO_FAILURES] * len(taken)
     assert positions.too_wide
+
+
+def test_when_it_failed_first_is_kept_to_the_second_where_there_is_room() -> None:
+    positions = PartitionPositions(0)
+    handed_out(positions, range(5))
+    positions.failed(0, Failures(1, 0, 1_700_000_000 * SECOND + 999))
+    positions.failed(2, Failures(2, 2))
+    positions.failed(3, Failures(3, 1, 1_700_086_400 * SECOND))
+    heir = found(PartitionPositions(*committed(positions)), range(5))
+
+    assert heir == {
+        0: Failures(1, 0, 1_700_000_000 * SECOND),
+        1: NO_FAILURES,
+        2: Failures(2, 2),
+        3: Failures(3, 1, 1_700_086_400 * SECOND),
+        4: NO_FAILURES,
+    }
+
+
+def test_times_are_what_is_left_out_first() -> None:
+    """A thousand failing offsets over a year: their counts fit, with the times they would not."""
+    positions = PartitionPositions(0)
+    handed_out(positions, range(1000))
+    for offset in range(1000):
+        first_ns = (1_700_000_000 + 31_000 * offset) * SECOND
+        positions.failed(offset, Failures(MAX_ATTEMPTS, MAX_CRASHES, first_ns))
+    heir = found(PartitionPositions(*committed(positions)), range(1000))
+
+    assert heir == dict.fromkeys(range(1000), Failures(MAX_ATTEMPTS, MAX_CRASHES))
+
+
+def test_what_was_written_before_there_were_crashes_and_times_is_read() -> None:
+    """Three pending and a done one; the third failed five times, in a width of three bits."""
+    old = int("1" + "010" + "011" + "1" + "010" + "011" + "011" + "101", 2).to_bytes(3)
+
+    assert found(PartitionPositions(OFFSET, seal(old)), range(OFFSET, OFFSET + 5)) == {
+        OFFSET: NO_FAILURES,
+        OFFSET + 1: NO_FAILURES,
+        OFFSET + 2: Failures(5),
+        OFFSET + 4: NO_FAILURES,
+    }
 
 
 # -- metadata of others
@@ -497,8 +560,8 @@ def busy() -> tuple[int, str]:
     handed_out(positions, range(100, 140))
     for offset in (101, 102, 105, 120, 139):
         positions.acked(offset)
-    positions.failed(110, 2)
-    positions.failed(130, 4)
+    positions.failed(110, Failures(2, 1, 1_700_000_000 * SECOND))
+    positions.failed(130, Failures(4, 0, 1_700_000_009 * SECOND))
     return committed(positions)
 
 
@@ -632,7 +695,7 @@ def test_memory_is_that_of_what_is_pending_not_of_the_gap() -> None:
     sizes = set()
     for offset in range(1, 200_000):
         positions.fetched(offset)
-        positions.failed(offset, 1)
+        positions.failed(offset, Failures(1))
         positions.acked(offset)
         if offset % 1000 == 0:
             sizes.add(len(pickle.dumps(positions)))

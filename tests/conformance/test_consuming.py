@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sidecar.broker import Failures, Incoming, Start
+from sidecar.broker import NO_FAILURES, Failures, Incoming, Start
 from sidecar.errors import SourceLost
 from sidecar.wire.timestamps import now_ns
 from tests.conformance.acting import (
@@ -160,16 +160,18 @@ async def test_failed_deliveries_are_known_to_another_sidecar(world: World, topi
     await publish(broker, topic, events(range(2)))
     source = await broker.subscribe(wanted)
     failing, untouched = await take(source, 2)
-    source.failed(failing.handle, Failures(1))
-    source.failed(failing.handle, Failures(2))
+    # In whole seconds: finer than that a broker need not keep it.
+    twice = Failures(2, 1, 1_700_000_001_000_000_000)
+    source.failed(failing.handle, Failures(1, 0, twice.first_ns))
+    source.failed(failing.handle, twice)
     source.release([failing.handle, untouched.handle])
     await source.close()
     elsewhere = await other.subscribe(wanted)
     again = await take(elsewhere, 2, ack=True)
 
-    assert {i.identity: i.failures.attempts for i in again} == {
-        failing.identity: 2,
-        untouched.identity: 0,
+    assert {i.identity: i.failures for i in again} == {
+        failing.identity: twice,
+        untouched.identity: NO_FAILURES,
     }
 
 

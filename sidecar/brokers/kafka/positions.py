@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from sidecar.broker import MAX_CRASHES, NO_FAILURES, Failures
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -21,6 +23,9 @@ MAX_GAP = 1 << 20
 """Offsets from the commit to the newest fetched one. A new owner reads them all again, to skip."""
 MAX_ATTEMPTS = 1023
 """A larger count is kept as this one. The configuration allows fewer."""
+_CRASH = MAX_ATTEMPTS + 1
+_MOST_COUNTED = MAX_CRASHES * _CRASH + MAX_ATTEMPTS
+_SECOND = 1_000_000_000
 
 
 class PartitionPositions:
@@ -48,10 +53,10 @@ class PartitionPositions:
 
     __slots__ = (
         "_ahead",
-        "_attempts",
         "_changed",
         "_confirmed",
         "_current",
+        "_failures",
         "_few",
         "_high",
         "_near",
@@ -70,7 +75,7 @@ class PartitionPositions:
         # Offset -> is it handed out. Ascending: one is only ever put in above all others. Ordered
         # because a plain dict searches for its first key past all that were removed before it.
         self._pending: OrderedDict[int, bool] = OrderedDict()
-        self._attempts: dict[int, int] = {}
+        self._failures: dict[int, Failures] = {}
         self._ahead: deque[int] = deque()
         """Pending ones of a former owner that are to be fetched again."""
         self._high = committed
@@ -87,7 +92,7 @@ class PartitionPositions:
         known = _decode(committed, metadata)
         if known is not None:
             self._pending.update(dict.fromkeys(known.pending, False))
-            self._attempts.update(known.attempts)
+            self._failures.update(known.failures)
             self._ahead.extend(known.pending)
             self._high = known.end
             self._top = known.end - 1
@@ -102,7 +107,7 @@ class PartitionPositions:
     def __repr__(self) -> str:
         return (
             f"<PartitionPositions low={self._low} high={self._high} pending={len(self._pending)}"
-            f" failing={len(self._attempts)}{' too wide' if self._wide else ''}>"
+            f" failing={len(self._failures)}{' too wide' if self._wide else ''}>"
         )
 
     # -- in
@@ -127,9 +132,9 @@ class PartitionPositions:
         """The offsets that are handed out, ascending."""
         return [offset for offset, out in self._pending.items() if out]
 
-    def fetched(self, offset: int) -> int | None:
+    def fetched(self, offset: int) -> Failures | None:
         """
-        The failed attempts so far of an offset that is to be handed out now.
+        The failures so far of an offset that is to be handed out now.
 
         None: skip it, it was acked before or is handed out already. Offsets come in ascending order
         from `next_offset` on; those that were released come at any time.
@@ -139,11 +144,11 @@ class PartitionPositions:
         if offset >= self._high:
             self._high = offset + 1
             self._pending[offset] = True
-            return 0
+            return NO_FAILURES
         if self._pending.get(offset) is not False:
             return None
         self._pending[offset] = True
-        return self._attempts.get(offset, 0)
+        return self._failures.get(offset, NO_FAILURES)
 
     def _pass_over(self, offset: int) -> None:
         """What was to come before *offset* and did not is no record any more."""
@@ -152,7 +157,7 @@ class PartitionPositions:
             passed = ahead.popleft()
             if passed != offset:
                 del self._pending[passed]
-                self._attempts.pop(passed, None)
+                self._failures.pop(passed, None)
                 self._changed = True
 
     @property
@@ -188,20 +193,20 @@ class PartitionPositions:
         if not self._pending.get(offset):
             return
         del self._pending[offset]
-        if self._attempts:
-            self._attempts.pop(offset, None)
+        if self._failures:
+            self._failures.pop(offset, None)
         if offset > self._top:  # noqa: PLR1730 - max() costs as much as all the rest here
             self._top = offset
         self._changed = True
 
-    def failed(self, offset: int, attempts: int) -> None:
-        """It failed and is still here to be tried again; *attempts* failed so far, this one too."""
+    def failed(self, offset: int, failures: Failures) -> None:
+        """It failed and is still here to be tried again; so it did so far, this time too."""
         if not self._pending.get(offset):
             return
-        if attempts > 0:
-            self._attempts[offset] = min(attempts, MAX_ATTEMPTS)
+        if failures.attempts > 0:
+            self._failures[offset] = failures
         else:
-            self._attempts.pop(offset, None)
+            self._failures.pop(offset, None)
         self._changed = True
 
     def released(self, offset: int) -> None:
@@ -232,18 +237,20 @@ class PartitionPositions:
 
     def _metadata(self) -> str:
         # All above what was acked or failed last is pending for whoever reads it: not worth a bit.
-        end = max(self._top, max(self._attempts, default=self._top)) + 1
+        end = max(self._top, max(self._failures, default=self._top)) + 1
         pending = [offset for offset in self._pending if offset < end]
         mark = fence_metadata(self.fence) if self.fence else ""
         if not pending:
             return mark
         head = mark or _PREFIX
-        metadata = head + _encode(_Known(pending, end, self._attempts))
+        metadata = head + _encode(_Known(pending, end, self._failures), times=True)
+        if len(metadata) > METADATA_BYTES:
+            metadata = head + _encode(_Known(pending, end, self._failures), times=False)
         while len(metadata) > METADATA_BYTES:
             # Only when too_wide was not asked. What is not said is handed out again.
             end = pending[len(pending) // 2]
             pending = pending[: len(pending) // 2]
-            metadata = head + _encode(_Known(pending, end, self._attempts))
+            metadata = head + _encode(_Known(pending, end, self._failures), times=False)
         return metadata
 
 
@@ -265,15 +272,24 @@ def fence_of(metadata: str) -> str:
 #
 # The bits: a one (it keeps the zeros after it), the lengths of the runs from the committed offset
 # on, pending and done by turns, then the failing offsets: each as its distance in pending offsets
-# from the last, and its count. Numbers are in Elias' gamma code (as many zeros as the number has
-# binary digits after its first, then the number: 1 bit for 1, 3 for 2 and 3, 5 up to 7); counts
+# from the last, and its counts: the crashes of the app in it, times 1,024, and the attempts. If there
+# are any, one bit says whether it follows when they failed first: the earliest second, and of each,
+# in order, how much later it was plus one, or zero for unknown. Only where there is room: that is left
+# out before anything else. Numbers are in Elias' gamma code (as many zeros as the number has binary
+# digits after its first, then the number: 1 bit for 1, 3 for 2 and 3, 5 up to 7); counts, and times,
 # have one width, that of the largest.
+#
+# A reader of before there were crashes and times takes failing offsets with that bit for not written
+# by us, and hands out again what was acked above the commit: at least once, for the length of an
+# update. It reads all else, and we what it wrote (its bits end behind the counts).
 
 _PREFIX = "sc1:"
 _HEXADECIMAL = frozenset("0123456789abcdef")
 _SUM_BYTES = 4
 _BITS = 8 * ((METADATA_BYTES - len(_PREFIX) - FENCE_LENGTH - 1) // 4 * 3 - _SUM_BYTES)
 _LAST_OFFSET = (1 << 63) - 1
+_TIME_BITS = 34
+"""Seconds since 1970, up to the year 2514."""
 _MOST_READ = 1 << 16
 """Pending offsets that are believed when read; far more than we write."""
 
@@ -284,26 +300,44 @@ class _Known(msgspec.Struct, frozen=True):
     pending: Sequence[int]
     """Ascending; the first is the committed one."""
     end: int
-    attempts: Mapping[int, int]
+    failures: Mapping[int, Failures]
 
 
-def _encode(known: _Known) -> str:
+def _encode(known: _Known, *, times: bool) -> str:
     runs = _runs(known.pending, known.end)
     parts = ["1", _gamma(len(runs)), *map(_gamma, runs)]
-    attempts = known.attempts
-    failing = [place for place, offset in enumerate(known.pending, 1) if offset in attempts]
+    failures = known.failures
+    failing = [place for place, offset in enumerate(known.pending, 1) if offset in failures]
     parts.append(_gamma(len(failing) + 1))
     if failing:
-        counts = [attempts[known.pending[place - 1]] for place in failing]
+        found = [failures[known.pending[place - 1]] for place in failing]
+        counts = [_count(one) for one in found]
         width = max(counts).bit_length()
         parts.append(_gamma(width))
         before = 0
         for place, count in zip(failing, counts, strict=True):
             parts += _gamma(place - before), f"{count:0{width}b}"
             before = place
+        parts += _times(found) if times else "0"
     bits = "".join(parts)
     payload = int(bits, 2).to_bytes((len(bits) + 7) // 8)
     return base64.b64encode(_sum(known.pending[0], payload) + payload).decode()
+
+
+def _count(failures: Failures) -> int:
+    crashes = min(failures.crashes, MAX_CRASHES)
+    return crashes * _CRASH + min(failures.attempts, MAX_ATTEMPTS)
+
+
+def _times(found: Sequence[Failures]) -> list[str]:
+    seconds = [failures.first_ns // _SECOND for failures in found]
+    known = [one for one in seconds if one > 0]
+    if not known:
+        return ["0"]
+    first = min(known)
+    later = [one - first + 1 if one > 0 else 0 for one in seconds]
+    width = max(later).bit_length()
+    return ["1", _gamma(first), _gamma(width), *(f"{one:0{width}b}" for one in later)]
 
 
 def _runs(pending: Sequence[int], end: int) -> list[int]:
@@ -346,7 +380,7 @@ def _read(committed: int, bits: _Bits) -> _Known:
                 raise ValueError("too many pending offsets")
             pending.extend(range(end, end + length))
         end += length
-    attempts: dict[int, int] = {}
+    counts: dict[int, int] = {}
     failing = bits.number() - 1
     width = bits.number() if failing else 0
     place = -1
@@ -354,10 +388,26 @@ def _read(committed: int, bits: _Bits) -> _Known:
         place += bits.number()
         if place >= len(pending):
             raise ValueError("more failing offsets than pending ones")
-        attempts[pending[place]] = bits.take(width)
-    if not bits.at_end or end > _LAST_OFFSET or max(attempts.values(), default=0) > MAX_ATTEMPTS:
+        counts[pending[place]] = bits.take(width)
+    times = _read_times(len(counts), bits) if counts and not bits.at_end else [0] * len(counts)
+    if not bits.at_end or end > _LAST_OFFSET or max(counts.values(), default=0) > _MOST_COUNTED:
         raise ValueError("not written by us")
-    return _Known(pending, end, attempts)
+    failures = {
+        offset: Failures(count % _CRASH, count // _CRASH, time * _SECOND)
+        for (offset, count), time in zip(counts.items(), times, strict=True)
+    }
+    return _Known(pending, end, failures)
+
+
+def _read_times(count: int, bits: _Bits) -> list[int]:
+    """When each failed first, in seconds since 1970; 0 where that is unknown."""
+    if not bits.take(1):
+        return [0] * count
+    first, width = bits.number(), bits.number()
+    if first.bit_length() > _TIME_BITS or width > _TIME_BITS:
+        raise ValueError("no time")
+    later = [bits.take(width) for _ in range(count)]
+    return [first + one - 1 if one else 0 for one in later]
 
 
 class _Bits:
@@ -396,10 +446,10 @@ def _sum(committed: int, payload: bytes) -> bytes:
 # is that any of them are acked, and that all others have failed as often as can be. The bounds
 # below hold for every such outcome, since they rise with both numbers.
 
-_HEAD_BITS = 80
-"""The leading one, how many runs and failing offsets there are, a width, and a last partial byte:
+_HEAD_BITS = 81
+"""The leading one, the one before the times, how many runs and failing offsets there are, a width, and a last partial byte:
 each number stays below 2^13."""
-_FAILING_BITS = 1 + MAX_ATTEMPTS.bit_length()
+_FAILING_BITS = 1 + _MOST_COUNTED.bit_length()
 """A failing offset, when all are failing. With fewer, the distances cost less than what is spared:
 a distance of n is at most 1.5 n bits, for n - 1 counts less."""
 _STEP_BITS = 160
@@ -428,4 +478,4 @@ def _most_pending(gap: int) -> int:
 
 
 _MOST = [_most_pending(1 << digits) for digits in range(MAX_GAP.bit_length() + 1)]
-"""By the binary digits of the gap: 1,921 pending in up to 2,047 offsets, 699 in a million."""
+"""By the binary digits of the gap: 1,409 pending in up to 2,047 offsets, 621 in a million."""

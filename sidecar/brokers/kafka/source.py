@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from confluent_kafka import KafkaError, TopicPartition
 
-from sidecar.broker import NO_FAILURES, Failures, Incoming, Interest, Source
+from sidecar.broker import Failures, Incoming, Interest, Source
 from sidecar.brokers.kafka.client import is_missing, translate
 from sidecar.errors import BrokerUnavailable, InvalidEvent, SidecarError, SourceLost
 from sidecar.event import Position, has_wildcard
@@ -155,9 +155,9 @@ class KafkaSource(Source):
             while partition.again and len(taken) < limit and not partition.leaving:
                 message = partition.again.popleft()
                 offset = message.offset()
-                attempts = partition.positions.fetched(offset)
-                if attempts is not None:
-                    taken.append(self._incoming(partition, message, offset, attempts))
+                failures = partition.positions.fetched(offset)
+                if failures is not None:
+                    taken.append(self._incoming(partition, message, offset, failures))
         self._again = [partition for partition in self._again if partition.again]
 
     def _take_from(self, partition: Assigned, taken: list[Incoming], limit: int) -> None:
@@ -169,9 +169,9 @@ class KafkaSource(Source):
             message = buffer.popleft()
             partition.bytes_out += len(message)
             offset = message.offset()
-            attempts = positions.fetched(offset)
-            if attempts is not None:
-                taken.append(self._incoming(partition, message, offset, attempts))
+            failures = positions.fetched(offset)
+            if failures is not None:
+                taken.append(self._incoming(partition, message, offset, failures))
 
     def _set_paused(self, partition: Assigned, *, paused: bool) -> None:
         if partition.paused is not paused and self._member is not None:
@@ -179,7 +179,7 @@ class KafkaSource(Source):
             self._member.pause(partition.place, paused=paused)
 
     def _incoming(
-        self, partition: Assigned, message: Message, offset: int, attempts: int
+        self, partition: Assigned, message: Message, offset: int, failures: Failures
     ) -> Incoming:
         topic, number = partition.place
         event, problem = None, ""
@@ -199,7 +199,7 @@ class KafkaSource(Source):
             (topic, number, offset, partition.log),
             event,
             Position(partition=number, offset=offset),
-            Failures(attempts) if attempts else NO_FAILURES,
+            failures,
             problem,
             b"" if event is not None else value or b"",
         )
@@ -223,7 +223,7 @@ class KafkaSource(Source):
         assert type(handle) is Handle
         if handle.partition.gone:
             return None
-        handle.partition.positions.failed(handle.offset, failures.attempts)
+        handle.partition.positions.failed(handle.offset, failures)
         recorded: asyncio.Future[None] = self._loop.create_future()
         self._recorded.append(recorded)
         self._commit_in(0.0)
