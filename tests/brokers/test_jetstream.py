@@ -41,7 +41,7 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from sidecar.broker import Source
+    from sidecar.broker import Incoming, Source
 
 
 def settings_for(server: NatsServer, **settings: object) -> JetStream:
@@ -547,6 +547,55 @@ async def test_what_nats_keeps_for_others_is_not_topics(nats_server: NatsServer)
         taken += await take(source, 1)
 
     assert ids(taken) == numbers(5)
+
+
+async def recorded(source: Source, incoming: Incoming, failures: Failures) -> None:
+    """Until another sidecar would see it."""
+    stored = source.failed(incoming.handle, failures)
+    assert stored is not None
+    await asyncio.wait_for(stored, 10)
+
+
+async def test_what_failed_is_told_to_the_sidecar_that_gets_the_event_next(
+    nats_server: NatsServer,
+) -> None:
+    """Attempts, crashes, and to the millisecond when it began; what did not fail, has none."""
+    first_ns = 1_767_225_600_123_456_789
+    async with broker_on(nats_server) as one, broker_on(nats_server) as other:
+        await publish(one, "orders.created", events(range(3)))
+        wanted = interest("orders.created")
+        source = await one.subscribe(wanted)
+        taken = await take(source, 3)
+        await recorded(source, taken[0], Failures(5, 2, first_ns))
+        await recorded(source, taken[1], Failures(1))
+        await source.close()
+        source.release(handles(taken))
+        again = await take(await other.subscribe(wanted), 3)
+
+    assert {i.event.id: i.failures for i in again if i.event} == {
+        "0": Failures(5, 2, first_ns // 10**6 * 10**6),
+        "1": Failures(1),
+        "2": Failures(),
+    }
+
+
+async def test_attempts_that_were_recorded_alone_are_read(nats_server: NatsServer) -> None:
+    """A plain number, as a sidecar of the last version wrote it."""
+    async with broker_on(nats_server) as broker:
+        await publish(broker, "orders.created", [event()])
+        source = await broker.subscribe(interest("orders.created"))
+        (taken,) = await take(source, 1)
+        await recorded(source, taken, Failures(1))
+        client = await nats.connect(nats_server.url)
+        stream = client.jetstream()
+        record = await stream.get_msg("KV_sidecar-attempts", seq=1)
+        assert record.subject is not None
+        await stream.publish(record.subject, b"4")
+        await client.close()
+        source.release([taken.handle])
+        (again,) = await take(source, 1)
+
+    assert again.failures == Failures(4)
 
 
 async def test_with_room_for_one_no_stream_starves(nats_server: NatsServer) -> None:

@@ -8,6 +8,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from sidecar.broker import NO_FAILURES, Failures
 from sidecar.brokers.nats.connection import NobodyListens
 from sidecar.errors import BrokerUnavailable, SidecarError
 
@@ -24,13 +25,15 @@ KEEP_SECONDS = 7 * 86400
 PAUSE_SECONDS = 0.5
 """Before what could not be written is written again."""
 _SECOND = 1_000_000_000
+_MILLISECOND = 1_000_000
 _EXISTS = 10058
 
 
 class Attempts:
     """
     The failed deliveries of one broker's events. A key is stream, consumer, the time that consumer
-    was made (one that was moved or made anew starts afresh), and sequence, joined by dots.
+    was made (one that was moved or made anew starts afresh), and sequence, joined by dots. A value
+    is `[attempts, crashes, ms since 1970 of the first]`, or was once the attempts alone.
 
     Written only when something fails, read only for what the server delivers again.
     """
@@ -39,7 +42,7 @@ class Attempts:
         self._connection = connection
         self._made = False
         self._making = False
-        self.waiting: dict[str, int] = {}
+        self.waiting: dict[str, Failures] = {}
         """Recorded, and not known to be stored yet. Bounded by what subscriptions hold."""
         self._then: dict[str, list[Callable[[], None]]] = {}
         connection.on_live.append(self._write_waiting)
@@ -50,9 +53,9 @@ class Attempts:
             answer = await self._connection.call(f"$JS.API.STREAM.CREATE.{STREAM}", _BUCKET)
             self._made = answer.get("error", {}).get("err_code", 0) in {0, _EXISTS}
 
-    def record(self, key: str, attempts: int) -> None:
+    def record(self, key: str, failures: Failures) -> None:
         """Write without waiting; the bucket is made anew if somebody deleted it."""
-        self.waiting[key] = attempts
+        self.waiting[key] = failures
         self._write([key])
 
     def when_stored(self, key: str, then: Callable[[], None]) -> None:
@@ -86,8 +89,9 @@ class Attempts:
     def _write(self, keys: Sequence[str]) -> None:
         if self._made:
             for key in keys:
-                answered = partial(self._on_stored, key, self.waiting[key])
-                self._ask(f"{SUBJECT}.{key}", self.waiting[key], answered)
+                failures = self.waiting[key]
+                answered = partial(self._on_stored, key, failures)
+                self._ask(f"{SUBJECT}.{key}", _written(failures), answered)
         elif not self._making:
             self._making = True
             self._ask(f"$JS.API.STREAM.CREATE.{STREAM}", _BUCKET, self._on_made)
@@ -109,14 +113,16 @@ class Attempts:
         for key in list(self.waiting):
             self._done(key)
 
-    def _on_stored(self, key: str, attempts: int, answer: dict[str, Any] | SidecarError) -> None:
+    def _on_stored(
+        self, key: str, failures: Failures, answer: dict[str, Any] | SidecarError
+    ) -> None:
         if isinstance(answer, SidecarError):
             self._made = False  # or somebody deleted it
             self._try_later()
             return
         if "error" in answer:
             log.warning("failures of %s are not recorded: %s", key, answer["error"])
-        if self.waiting.get(key) == attempts:  # else a later one is under way
+        if self.waiting.get(key) is failures:  # else a later one is under way
             self._done(key)
 
     def _try_later(self) -> None:
@@ -129,27 +135,41 @@ class Attempts:
         for then in self._then.pop(key, ()):
             then()
 
-    async def look_up(self, keys: Sequence[str]) -> Mapping[str, int]:
-        """What is recorded of these; 0 where nothing is. Raises BrokerUnavailable."""
+    async def look_up(self, keys: Sequence[str]) -> Mapping[str, Failures]:
+        """What is recorded of these; NO_FAILURES where nothing is. Raises BrokerUnavailable."""
         async with asyncio.TaskGroup() as tasks:
             asked = {key: tasks.create_task(self._one(key)) for key in keys}
         found = {key: task.result() for key, task in asked.items()}
         for answer in found.values():
             if isinstance(answer, BrokerUnavailable):
                 raise answer
-        return {key: answer for key, answer in found.items() if isinstance(answer, int)}
+        return {key: answer for key, answer in found.items() if isinstance(answer, Failures)}
 
-    async def _one(self, key: str) -> int | BrokerUnavailable:
+    async def _one(self, key: str) -> Failures | BrokerUnavailable:
         if key in self.waiting:
             return self.waiting[key]
         subject = f"$JS.API.DIRECT.GET.{STREAM}.{SUBJECT}.{key}"
         try:
             value: object = await self._connection.call(subject, seconds=2)
         except NobodyListens:  # there is no bucket: nothing has failed so far
-            return 0
+            return NO_FAILURES
         except BrokerUnavailable as error:
             return error
-        return value if isinstance(value, int) else 0
+        return _read(value)
+
+
+def _written(failures: Failures) -> list[int]:
+    return [failures.attempts, failures.crashes, failures.first_ns // _MILLISECOND]
+
+
+def _read(value: object) -> Failures:
+    """What it is not, as the 404 of an event that never failed, is no failures."""
+    match value:
+        case int(attempts):
+            return Failures(attempts)
+        case [int(attempts), int(crashes), int(first_ms)]:
+            return Failures(attempts, crashes, first_ms * _MILLISECOND)
+    return NO_FAILURES
 
 
 _BUCKET: dict[str, Any] = {

@@ -180,7 +180,7 @@ class StreamSource(Source):
 
     async def _with_attempts(self, incoming: Sequence[Incoming]) -> list[Incoming]:
         """
-        What failed before, and how often. Raises BrokerUnavailable.
+        What is recorded of those that may have failed before. Raises BrokerUnavailable.
 
         The server's delivery count says which to look up, and no more: it also counts what was
         fetched and given back unseen.
@@ -192,7 +192,7 @@ class StreamSource(Source):
         }
         found = await self._attempts.look_up(list(again.values()))
         return [
-            msgspec.structs.replace(one, failures=Failures(found[again[one.handle]]))
+            msgspec.structs.replace(one, failures=found[again[one.handle]])
             if one.handle in again
             else one
             for one in incoming
@@ -407,7 +407,7 @@ class StreamSource(Source):
             if not recorded.done():
                 recorded.set_result(None)
 
-        self._attempts.record(key, failures.attempts)
+        self._attempts.record(key, failures)
         self._attempts.when_stored(key, stored)
         return recorded
 
