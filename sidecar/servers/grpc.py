@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -175,7 +175,7 @@ class GrpcDoor:
             if isinstance(message, MalformedBody):
                 raise message
             if message is not grpc.aio.EOF:
-                return message
+                return cast("pb.SubscribeRequest", message)
             # Non-obvious: a client that dies ends its requests first, as one does that leaves; only
             # then is the call cancelled. It is this wait that is cancelled then.
             await asyncio.sleep(LEAVING_SECONDS)

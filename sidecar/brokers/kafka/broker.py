@@ -7,7 +7,16 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from sidecar.broker import Broker, Capabilities, Interest, Source, Start
+from sidecar.broker import (
+    Broker,
+    Capabilities,
+    Interest,
+    Log,
+    Source,
+    Start,
+    StoredEvent,
+)
+from sidecar.brokers.kafka.browsing import IDLE_SECONDS, Browser
 from sidecar.brokers.kafka.client import FRAMING_BYTES, Conf, common, options
 from sidecar.brokers.kafka.groups import Groups
 from sidecar.brokers.kafka.member import Member, Place
@@ -48,6 +57,7 @@ class KafkaBroker(Broker):
         lag=True,
         dead_letters=True,
         deals=False,
+        browses=True,
     )
 
     def __init__(
@@ -68,6 +78,7 @@ class KafkaBroker(Broker):
         self._classic = settings.group_protocol == "classic"
         self._sources: list[KafkaSource] = []
         self._closed = False
+        self._resting: asyncio.TimerHandle | None = None
         self._in_thread = Threads(f"kafka-{name}", THREADS).run
         self._topics = Topics(
             name,
@@ -76,6 +87,7 @@ class KafkaBroker(Broker):
             max_message_bytes=self._max_message_bytes + FRAMING_BYTES,
         )
         self._groups = Groups(name, self._topics, self._consumer_conf)
+        self._browser = Browser(name, self._topics, self._browser_conf)
         self._publisher = KafkaPublisher(
             name,
             settings,
@@ -204,6 +216,44 @@ class KafkaBroker(Broker):
         members = [source.member for source in ours if source.member is not None]
         await self._in_thread(self._groups.move, interest, to, members)
 
+    # -- what is stored
+
+    async def logs(self, pattern: str) -> Sequence[Log]:
+        self._check_connected()
+        found: Sequence[Log] = await self._in_thread(self._browser.logs, pattern)
+        return found
+
+    async def read(self, log: Log, start: int, limit: int) -> Sequence[StoredEvent]:
+        self._check_connected()
+        found: Sequence[StoredEvent] = await self._in_thread(self._browser.read, log, start, limit)
+        if self._resting is not None:
+            self._resting.cancel()
+        loop = asyncio.get_running_loop()
+        self._resting = loop.call_later(IDLE_SECONDS + 1, self._in_thread, self._browser.rest)
+        return found
+
+    def _browser_conf(self) -> Conf:
+        largest = self._max_message_bytes + FRAMING_BYTES
+        return (
+            common(self._settings, self._client_name)
+            | {
+                "fetch.message.max.bytes": max(1024 * 1024, largest),
+                "fetch.max.bytes": max(8 * 1024 * 1024, largest),
+                "receive.message.max.bytes": max(16 * 1024 * 1024, 2 * largest),
+                "queued.max.messages.kbytes": max(FETCHED_KBYTES, largest // 1024),
+                "fetch.wait.max.ms": 100,
+            }
+            | options(self._settings)
+            | {
+                # librdkafka wants one; it is never joined.
+                "group.id": f"{self._client_name}-browses",
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "enable.partition.eof": True,
+                "auto.offset.reset": "earliest",
+            }
+        )
+
     async def _lag(
         self, interest: Interest, here: Mapping[Place, tuple[int, int]]
     ) -> Mapping[Place, int]:
@@ -216,6 +266,9 @@ class KafkaBroker(Broker):
         if self._closed:
             return
         self._closed = True
+        if self._resting is not None:
+            self._resting.cancel()
+        self._in_thread(self._browser.close)  # nobody waits for it
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._publisher.close())
             for source in self._sources:

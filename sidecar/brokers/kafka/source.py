@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from confluent_kafka import Message
 
     from sidecar.brokers.kafka.member import Assigned, Member, Place
+    from sidecar.event import Event
 
 log = logging.getLogger(__name__)
 
@@ -182,17 +183,7 @@ class KafkaSource(Source):
         self, partition: Assigned, message: Message, offset: int, failures: Failures
     ) -> Incoming:
         topic, number = partition.place
-        event, problem = None, ""
-        value = message.value()
-        try:
-            headers, key = message.headers(), message.key()
-            event = binding.decode_quickly(headers, value, key)
-            if event is None:
-                event = binding.decode(headers, value, key, _defaults(topic, number, message))
-        except InvalidEvent as error:
-            problem = error.message
-        except SystemError:  # confluent-kafka cannot read a header's name that is not UTF-8
-            problem = "a header's name is not UTF-8"
+        event, problem = event_of(topic, number, message)
         return Incoming(
             topic,
             Handle(partition, message, offset),
@@ -201,7 +192,7 @@ class KafkaSource(Source):
             Position(partition=number, offset=offset),
             failures,
             problem,
-            b"" if event is not None else value or b"",
+            b"" if event is not None else message.value() or b"",
         )
 
     # -- settling
@@ -491,6 +482,20 @@ def _identities(partitions: Iterable[Assigned]) -> list[Hashable]:
         for partition in partitions
         for offset in partition.positions.out
     ]
+
+
+def event_of(topic: str, number: int, message: Message) -> tuple[Event | None, str]:
+    """The event of a record of partition *number*; None, and why, where it is none."""
+    try:
+        headers, key, value = message.headers(), message.key(), message.value()
+        event = binding.decode_quickly(headers, value, key)
+        if event is None:
+            event = binding.decode(headers, value, key, _defaults(topic, number, message))
+    except InvalidEvent as error:
+        return None, error.message
+    except SystemError:  # confluent-kafka cannot read a header's name that is not UTF-8
+        return None, "a header's name is not UTF-8"
+    return event, ""
 
 
 def _defaults(topic: str, partition: int, message: Message) -> Defaults:
