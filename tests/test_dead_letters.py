@@ -32,15 +32,19 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(params=["jetstream", "kafka"])
-def config(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Of a sidecar on a server of the test's own: its topics and marks are new."""
-    if request.param == "jetstream":
-        with NatsServer() as server:
-            yield ON_JETSTREAM.format(url=server.url)
-        return
-    require()
-    with KafkaCluster() as cluster:
-        yield ON_KAFKA.format(servers=cluster.bootstrap_servers)
+def server(request: pytest.FixtureRequest) -> Iterator[NatsServer | KafkaCluster]:
+    """One of the test's own: its topics and marks are new."""
+    if request.param == "kafka":
+        require()
+    with NatsServer() if request.param == "jetstream" else KafkaCluster() as running:
+        yield running
+
+
+@pytest.fixture
+def config(server: NatsServer | KafkaCluster) -> str:
+    if isinstance(server, NatsServer):
+        return ON_JETSTREAM.format(url=server.url)
+    return ON_KAFKA.format(servers=server.bootstrap_servers)
 
 
 async def letters(client: Sidecar, *, settled: bool = False) -> list[DeadLetter]:
@@ -60,6 +64,62 @@ async def test_a_redrive_that_was_killed_goes_on_and_each_is_delivered_once(conf
 
     assert report.delivered == Counter(report.wanted), report.text()
     assert report.holds, report.text()
+
+
+async def test_a_redrive_goes_on_when_its_server_was_killed(
+    config: str, server: NatsServer | KafkaCluster
+) -> None:
+    """100 at 50 a second; the server dies on the way and is back soon: each is delivered once."""
+    counted: Counter[str] = Counter()
+    with SidecarProcess(config + SUBSCRIPTION) as sidecar:
+        async with Sidecar(f"unix:{sidecar.grpc_socket}") as client:
+            await make_dead_letters(client, 100)
+            everything = client.dead_letters.redrive(all=True, rate_per_second=50)
+            killed = False
+            async for progress in everything:
+                if progress.done and not killed:
+                    killed = True
+                    await asyncio.to_thread(_kill_and_start, server)
+            async with client.subscribe("drill", credit=500) as deliveries:
+                async for delivery in deliveries:
+                    counted[delivery.event.id] += 1
+                    delivery.ack()
+                    if len(counted) == 100:
+                        break
+            left = await letters(client)
+            copies = await client.pull("drill", max_events=100, wait_seconds=2)
+
+    assert killed
+    assert (progress.finished, progress.done, progress.failed) == (True, 100, 0)
+    assert counted == Counter(str(n) for n in range(100))
+    assert left == []
+    assert copies == []
+
+
+def _kill_and_start(server: NatsServer | KafkaCluster) -> None:
+    server.kill()
+    if isinstance(server, NatsServer):
+        server.start()
+    else:
+        server.restart()
+        server.wait_ready()
+
+
+async def test_the_dead_letters_of_a_wildcard_are_found(config: str) -> None:
+    """Of all its topics; where they lie beside the topics themselves, those are passed over."""
+    wildcard = SUBSCRIPTION.replace('"drill.events"', '"drill.>"')
+    with SidecarProcess(config + wildcard) as sidecar:
+        async with Sidecar(f"unix:{sidecar.grpc_socket}") as client:
+            await client.publish("drill.other.topic", [new_event("t", id="deep")])
+            await make_dead_letters(client, 20, others=1)
+            found = await letters(client)
+            done = await redrive(client, DeadLetterFilter(topic="drill.other.>"))
+            left = await letters(client)
+
+    assert {letter.topic for letter in found} == {TOPIC, "drill.other.topic"}
+    assert len(found) == 21
+    assert done == 1
+    assert len(left) == 20
 
 
 async def test_two_sidecars_at_the_same_time_redrive_each_once(config: str) -> None:

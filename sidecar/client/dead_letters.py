@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 PAGE_SIZE = 500
-PAGE_SIZE_WITH_DATA = 50
 
 
 class DeadLetters:
@@ -43,7 +42,6 @@ class DeadLetters:
 
         *include_settled*: also those that were redriven or discarded, as long as the broker has them.
         """
-        most = PAGE_SIZE_WITH_DATA if include_data else PAGE_SIZE
         request = pb.DeadLettersListRequest(
             filter=_filter_to(filter),
             oldest_first=oldest_first,
@@ -52,7 +50,7 @@ class DeadLetters:
         )
         left = limit
         while left is None or left > 0:
-            request.page_size = most if left is None else min(most, left)
+            request.page_size = PAGE_SIZE if left is None else min(PAGE_SIZE, left)
             try:
                 page = await self._stub.List(request)
             except grpc.aio.AioRpcError as error:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 SERVICE = "sidecar.v1.DeadLetters"
 PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
-MAX_PAGE_WITH_DATA = 50
-"""Their data may be large, and a message has a limit."""
 MAX_IDS = 1000
 RATE = 100.0
 MAX_RATE = 100_000.0
@@ -78,10 +76,9 @@ class DeadLetters:
     async def list(
         self, request: pb.DeadLettersListRequest, call: Call
     ) -> pb.DeadLettersListResponse:
-        most = MAX_PAGE_WITH_DATA if request.include_data else MAX_PAGE_SIZE
-        page = await self._desk.list(
+        page = await self._desk.page(
             filter_from(request.filter),
-            size=min(request.page_size or PAGE_SIZE, most),
+            size=min(request.page_size or PAGE_SIZE, MAX_PAGE_SIZE),
             token=request.page_token,
             oldest_first=request.oldest_first,
             settled=request.include_settled,

@@ -137,8 +137,12 @@ async def redriven_over_a_kill(config: str, events: int, rate: float) -> Report:
     return report
 
 
-async def make_dead_letters(client: Sidecar, events: int) -> None:
-    """So many, numbered; three of ten have the key "wanted"."""
+async def make_dead_letters(client: Sidecar, events: int, *, others: int = 0) -> None:
+    """
+    So many, numbered; three of ten have the key "wanted".
+
+    *others*: what the subscription has besides, and is rejected with them.
+    """
     batch = [
         new_event("drill.event", b"x" * 1024, id=str(n), source="/drill", key=key_of(n))
         for n in range(events)
@@ -146,14 +150,14 @@ async def make_dead_letters(client: Sidecar, events: int) -> None:
     for first in range(0, events, 100):
         answers = await client.publish(TOPIC, batch[first : first + 100])
         assert not [answer for answer in answers if isinstance(answer, PublishFailed)]
-    rejected = 0
+    rejected, total = 0, events + others
     async with client.subscribe("drill", credit=500) as deliveries:
         async for delivery in deliveries:
             delivery.reject("not today")
             rejected += 1
-            if rejected == events:
+            if rejected == total:
                 # The stream stays open until all are stored: an app that leaves takes back nothing.
-                await until(lambda: _are_stored(client, events), seconds=60)
+                await until(lambda: _are_stored(client, total), seconds=60)
                 break
 
 

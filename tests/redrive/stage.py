@@ -94,7 +94,7 @@ class Desked(Sidecar):
 
     async def page(self, wanted: Filter | None = None, **options: Any) -> Page:
         async with asyncio.timeout(DEADLINE_SECONDS):
-            return await self.desk.list(wanted or Filter(), **{"size": 100} | options)
+            return await self.desk.page(wanted or Filter(), **{"size": 100} | options)
 
     async def redrive(self, wanted: Filter | None = None, **options: Any) -> Progress:
         return await self.do(Order(Kind.REDRIVE, wanted or Filter(), **{"rate": FAST} | options))

@@ -109,6 +109,20 @@ async def test_what_comes_while_one_turns_pages_is_not_of_the_list(*, oldest_fir
     assert ids([*page.letters, *rest]) == (expected if oldest_first else expected[::-1])
 
 
+@pytest.mark.parametrize("oldest_first", [True, False])
+async def test_pages_with_data_are_bounded_in_bytes(*, oldest_first: bool) -> None:
+    """Nothing is left out: a page ends when some 2 MiB are in it."""
+    async with desked() as one:
+        letters = [letter(n, data=b"x" * 900_000) for n in range(7)]
+        await one.store(*letters)
+        page = await one.page(size=100, with_data=True, oldest_first=oldest_first)
+        rest = await one.listed(with_data=True, token=page.token, oldest_first=oldest_first)
+    found = [each.letter.event for each in (*page.letters, *rest)]
+
+    assert len(page.letters) == 3
+    assert found == (letters if oldest_first else letters[::-1])
+
+
 async def test_a_token_of_another_list_is_refused() -> None:
     async with desked() as one:
         await one.store(*[letter(n) for n in range(5)])

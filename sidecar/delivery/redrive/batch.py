@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from sidecar.delivery.redrive.claims import ROOM_SECONDS, good_for, may_use
-from sidecar.delivery.redrive.letter import letter_of, log_key
+from sidecar.delivery.redrive.letter import log_key
 from sidecar.delivery.redrive.marks import Claimed, Kind, Mark, State, Target
 from sidecar.delivery.redrive.patience import MAYBE_DONE, NOT_NOW, Patience
+from sidecar.delivery.redrive.reading import by_log, whole
 from sidecar.delivery.redrive.traces import Traces
 from sidecar.errors import BrokerUnavailable, NotSupported, OutcomeUnknown, SidecarError
 from sidecar.event import Receipt, check_topic
@@ -27,7 +28,7 @@ from sidecar.wire.timestamps import now_ns
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from sidecar.broker import Broker, Log
+    from sidecar.broker import Broker
     from sidecar.delivery.redrive.filters import Filter
     from sidecar.delivery.redrive.ledger import Ledger
     from sidecar.delivery.redrive.letter import DeadLetter, Key
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from sidecar.publishing.publisher import Publisher
 
 log = logging.getLogger(__name__)
-
-PAGE = 500
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -99,8 +98,8 @@ class Worker:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._order = order
-        self._broker = broker
-        self._brokers = brokers
+        self.broker = broker
+        self.brokers = brokers
         self._ledger = ledger
         self.publisher = publisher
         self.pacer = pacer
@@ -197,7 +196,7 @@ class Worker:
         if not broker and order.to_topic:
             broker = self.publisher.routes.route(topic, letter.event.type).broker
         broker = broker or letter.says("broker")
-        if broker not in self._brokers:
+        if broker not in self.brokers:
             raise NotSupported(
                 f"{letter.id}: it came from broker {broker!r}, and there is none of that name here: "
                 "say where to redrive it",
@@ -206,7 +205,7 @@ class Worker:
         return broker, topic
 
     async def _seen_now(self, broker: str, topic: str) -> Target:
-        target = self._brokers[broker]
+        target = self.brokers[broker]
         if not target.capabilities.browses:
             return Target(broker, topic, None)
         logs = await self.patience.until_done(lambda: target.logs(topic))
@@ -228,7 +227,7 @@ class Worker:
         them, or they are to be discarded.
         """
         doubts = {key: held.doubts for key, held in held.items() if held is not None}
-        traces = Traces(self._brokers)
+        traces = Traces(self.brokers)
         await traces.look(doubt for of_letter in doubts.values() for doubt in of_letter)
         rest: list[DeadLetter] = []
         for letter in won:
@@ -268,27 +267,10 @@ class Worker:
 
     async def delete(self, letters: Iterable[DeadLetter]) -> None:
         """Of letters that are done, where the broker can: the marks hide them all the same."""
-        if not self._broker.capabilities.deletes or self._order.dry_run:
+        if not self.broker.capabilities.deletes or self._order.dry_run:
             return
-        for of, numbers in _by_log(letters):
-            await self.patience.until_done(lambda of=of, n=numbers: self._broker.delete(of, n))  # type: ignore[misc]
-
-    # -- for _Publishing
-
-    async def whole(self, letters: Sequence[DeadLetter]) -> Mapping[Key, DeadLetter]:
-        """Read them again, with their data, which was not kept. What is gone is left out."""
-        found: dict[Key, DeadLetter] = {}
-        for of, numbers in _by_log(letters):
-            wanted = set(numbers)
-            part = msgspec.structs.replace(of, end=max(wanted) + 1)
-            at = min(wanted)
-            while at < part.end and (page := await self._broker.read(part, at, PAGE)):
-                at = page[-1].number + 1
-                for stored in page:
-                    letter = letter_of(self._broker.name, of, stored, with_data=True)
-                    if letter is not None and stored.number in wanted:
-                        found[letter.key] = letter
-        return found
+        for of, numbers in by_log(letters):
+            await self.patience.until_done(lambda of=of, n=numbers: self.broker.delete(of, n))  # type: ignore[misc]
 
 
 class _Publishing:
@@ -305,10 +287,10 @@ class _Publishing:
     async def run(self, letters: Sequence[DeadLetter], due: int) -> None:
         """In order and at the rate, while the claim is good; what was not begun is released."""
         worker, ends = self._worker, self._ends
-        whole = await worker.patience.until_done(lambda: worker.whole(letters))
+        found = await worker.patience.until_done(lambda: whole(worker.broker, letters))
         # What is gone was deleted by hand, or fell out of its topic's retention.
-        ends.released += (letter for letter in letters if letter.key not in whole)
-        rest = [whole[letter.key] for letter in letters if letter.key in whole]
+        ends.released += (letter for letter in letters if letter.key not in found)
+        rest = [found[letter.key] for letter in letters if letter.key in found]
         stop = worker.patience.stop
         while rest:
             due = min(len(rest), due) or await worker.pacer.due(len(rest), stop)
@@ -360,11 +342,3 @@ def _in_doubt(letter: DeadLetter, target: Target) -> OutcomeUnknown:
         "discard it",
         broker=target.broker,
     )
-
-
-def _by_log(letters: Iterable[DeadLetter]) -> Sequence[tuple[Log, list[int]]]:
-    found: dict[tuple[str, str], tuple[Log, list[int]]] = {}
-    for letter in letters:
-        at = (letter.key.log, letter.log.topic)
-        found.setdefault(at, (letter.log, []))[1].append(letter.number)
-    return list(found.values())

@@ -19,7 +19,7 @@ from sidecar.delivery.redrive.ledger import Ledger
 from sidecar.delivery.redrive.letter import LetterId, letter_of, life, log_key
 from sidecar.delivery.redrive.pacing import Pacer
 from sidecar.delivery.redrive.patience import Patience
-from sidecar.delivery.redrive.reading import Backward, Budget, Forward, Merge
+from sidecar.delivery.redrive.reading import Backward, Budget, Forward, Merge, whole
 from sidecar.errors import DeadLetterMissing, Draining, InvalidRequest
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sidecar.delivery.hub import Hub
     from sidecar.delivery.redrive.batch import Order
     from sidecar.delivery.redrive.filters import Place
-    from sidecar.delivery.redrive.letter import DeadLetter
+    from sidecar.delivery.redrive.letter import DeadLetter, Key
     from sidecar.delivery.redrive.marks import State
     from sidecar.delivery.redrive.reading import Reader
     from sidecar.publishing.publisher import Publisher
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 PAGE_RECORDS = 10_000
 PAGE_SECONDS = 2.0
 """What is read for one page at most, about: then it has what there is, and a token."""
+PAGE_BYTES = 2 * 1024 * 1024
+"""Of data in a page, where it was asked for, but for one dead letter: gRPC's clients take 4 MiB."""
 PROGRESS_SECONDS = 1.0
 STOP_SECONDS = 15.0
 """What is under way when a job is stopped ends within this: a publish and two marks."""
@@ -140,7 +142,7 @@ class Desk:
 
     # -- looking
 
-    async def list(
+    async def page(
         self,
         wanted: Filter,
         *,
@@ -157,15 +159,20 @@ class Desk:
         """
         query = zlib.crc32(repr((wanted, oldest_first)).encode())
         at = _read_token(token, query) if token else None
-        readers = await self._readers(
-            wanted, at, oldest_first=oldest_first, settled=settled, with_data=with_data
-        )
+        readers = await self._readers(wanted, at, oldest_first=oldest_first, settled=settled)
         merge = Merge(list(readers.values()), newest_first=not oldest_first)
         budget = Budget(PAGE_RECORDS, PAGE_SECONDS)
         found: list[Found] = []
-        while len(found) < size and (letter := await merge.take(budget)) is not None:
+        room = PAGE_BYTES
+        while len(found) < size and room > 0:
+            letter = await merge.take(budget)
+            if letter is None:
+                break
             state = self._ledger(letter.broker).marks.state(letter.key)
             found.append(Found(letter, state))
+            room -= letter.data_bytes if with_data else 0
+        if with_data:
+            found = await self._whole(found)
         if merge.is_over:
             return Page(found, "")
         places = {key: (reader.resume, reader.log.end) for key, reader in readers.items()}
@@ -178,7 +185,6 @@ class Desk:
         *,
         oldest_first: bool,
         settled: bool,
-        with_data: bool,
     ) -> Mapping[str, Reader]:
         kind = Forward if oldest_first else Backward
         readers: dict[str, Reader] = {}
@@ -195,7 +201,7 @@ class Desk:
                 places: Sequence[Place] = places,
                 ledger: Ledger = ledger,
             ) -> DeadLetter | None:
-                letter = pick(broker, places, each, stored, with_data=with_data)
+                letter = pick(broker, places, each, stored)
                 if letter is None or not wanted.wants(letter):
                     return None
                 return letter if settled or ledger.marks.state(letter.key) not in DONE else None
@@ -210,6 +216,16 @@ class Desk:
                     same = msgspec.structs.replace(each, end=min(each.end, end))
                     readers[key] = kind(broker, same, choose, number)
         return readers
+
+    async def _whole(self, found: Sequence[Found]) -> list[Found]:
+        """With their data, but for what has gone meanwhile."""
+        there: dict[tuple[str, Key], DeadLetter] = {}
+        for name in {one.letter.broker for one in found}:
+            letters = [one.letter for one in found if one.letter.broker == name]
+            read = await whole(self._brokers[name], letters)
+            there.update(((name, key), letter) for key, letter in read.items())
+        at = ((one, (one.letter.broker, one.letter.key)) for one in found)
+        return [Found(there[key], one.state) for one, key in at if key in there]
 
     async def get(self, name: LetterId) -> Found:
         """Raises DeadLetterMissing, NotSupported, BrokerUnavailable, BrokerRefused."""
@@ -232,7 +248,7 @@ class Desk:
         """
         Redrive or discard: the progress about once a second, at last with True.
 
-        Raises as `list`, and what ended it half-way, after the progress so far. Closed early, it
+        Raises as `page`, and what ended it half-way, after the progress so far. Closed early, it
         stops after what is under way.
         """
         if self._publisher.draining or self._tasks is None:

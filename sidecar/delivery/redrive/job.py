@@ -197,15 +197,10 @@ def forget(ledger: Ledger, logs: Iterable[Log]) -> None:
 
 
 def pick(
-    broker: Broker,
-    places: Sequence[Place],
-    each: Log,
-    stored: StoredEvent,
-    *,
-    with_data: bool = False,
+    broker: Broker, places: Sequence[Place], each: Log, stored: StoredEvent
 ) -> DeadLetter | None:
     """The dead letter that was read, if it is one of *places*."""
-    letter = letter_of(broker.name, each, stored, with_data=with_data)
+    letter = letter_of(broker.name, each, stored)
     if letter is None:
         return None
     here = (p for p in places if each.partition is not None or p.pattern == each.topic)

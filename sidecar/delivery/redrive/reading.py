@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from sidecar.delivery.redrive.letter import letter_of
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from sidecar.broker import Broker, Log, StoredEvent
-    from sidecar.delivery.redrive.letter import DeadLetter
+    from sidecar.delivery.redrive.letter import DeadLetter, Key
 
     Pick = Callable[[Log, StoredEvent], DeadLetter | None]
 
@@ -146,3 +148,32 @@ class Merge:
     @property
     def is_over(self) -> bool:
         return all(reader.is_over and not reader.found for reader in self.readers)
+
+
+async def whole(broker: Broker, letters: Iterable[DeadLetter]) -> Mapping[Key, DeadLetter]:
+    """
+    Read them again, with their data, which is not kept while they are looked for.
+
+    What is gone is left out. Raises BrokerUnavailable, BrokerRefused.
+    """
+    found: dict[Key, DeadLetter] = {}
+    for of, numbers in by_log(letters):
+        wanted = set(numbers)
+        part = msgspec.structs.replace(of, end=max(wanted) + 1)
+        at = min(wanted)
+        while at < part.end and (page := await broker.read(part, at, PAGE)):
+            at = page[-1].number + 1
+            for stored in page:
+                letter = letter_of(broker.name, of, stored, with_data=True)
+                if letter is not None and stored.number in wanted:
+                    found[letter.key] = letter
+    return found
+
+
+def by_log(letters: Iterable[DeadLetter]) -> Sequence[tuple[Log, list[int]]]:
+    """Their numbers, log by log."""
+    found: dict[tuple[str, str], tuple[Log, list[int]]] = {}
+    for letter in letters:
+        at = (letter.key.log, letter.log.topic)
+        found.setdefault(at, (letter.log, []))[1].append(letter.number)
+    return list(found.values())
