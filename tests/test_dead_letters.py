@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sidecar.client import DeadLetterFilter, Sidecar, new_event
+from sidecar.client import CallFailed, DeadLetterFilter, Sidecar, new_event
 from tests.conformance.harness import fresh
 from tests.drills.dead_letters import (
     ON_JETSTREAM,
@@ -120,6 +120,31 @@ async def test_the_dead_letters_of_a_wildcard_are_found(config: str) -> None:
     assert len(found) == 21
     assert done == 1
     assert len(left) == 20
+
+
+async def test_without_a_place_for_marks_nothing_is_redriven_and_it_is_said_what_to_make(
+    config: str, server: NatsServer | KafkaCluster
+) -> None:
+    """Where nothing is made by itself; the dead letters stay as they are."""
+    with SidecarProcess(config + SUBSCRIPTION) as sidecar:
+        async with Sidecar(f"unix:{sidecar.grpc_socket}") as client:
+            await make_dead_letters(client, 5)
+        sidecar.stop()
+        text = sidecar.config_path.read_text(encoding="utf-8")
+        for setting in ("auto_create_streams = true", "auto_create_topics = true"):
+            text = text.replace(setting, "")
+        sidecar.config_path.write_text(text, encoding="utf-8")
+        sidecar.start()
+        async with Sidecar(f"unix:{sidecar.grpc_socket}") as client:
+            with pytest.raises(CallFailed) as caught:
+                await redrive(client, DeadLetterFilter(subscription="drill"))
+            left = await letters(client)
+
+    assert caught.value.reason == "TOPIC_MISSING"
+    assert "sidecar-dead-letter-marks" in caught.value.message
+    assert "nothing may expire" in caught.value.message
+    assert {letter.state for letter in left} == {"open"}
+    assert len(left) == 5
 
 
 async def test_two_sidecars_at_the_same_time_redrive_each_once(config: str) -> None:

@@ -323,6 +323,7 @@ class _Redriving:
         self._last: RedriveProgress | None = None
         self._error: CallFailed | None = None
         self._interrupted = False
+        self._told_waiting = False
 
     async def run(self, sidecar: Sidecar) -> int:
         job, total = self._job, 0
@@ -378,11 +379,21 @@ class _Redriving:
     async def _follow(self, sidecar: Sidecar, bar: RedriveBar | None) -> None:
         try:
             async for progress in self._calls(sidecar, dry_run=self._job.dry_run):
-                self._last = progress
+                last, self._last = self._last, progress
                 if bar is not None:
                     bar.show(progress)
+                elif last is not None:
+                    self._tell_waiting(last, progress)
         except CallFailed as error:
             self._error = error
+
+    def _tell_waiting(self, last: RedriveProgress, now: RedriveProgress) -> None:
+        """Where there is no bar, why nothing happens; once."""
+        if now.waiting and now.done == last.done and not self._told_waiting:
+            self._told_waiting = True
+            exits.complain(
+                f"{now.waiting:,} are held by another redrive, or by one that was killed: waiting"
+            )
 
     def _calls(self, sidecar: Sidecar, *, dry_run: bool) -> AsyncGenerator[RedriveProgress, None]:
         job = self._job
