@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 import nats
 from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient
 
 from sidecar.brokers.kafka.broker import KafkaBroker
 from sidecar.brokers.memory import MemoryBroker
 from sidecar.brokers.nats.core import NatsBroker
 from sidecar.brokers.nats.jetstream import JetStreamBroker
 from sidecar.config import JetStream, Kafka, Memory, Nats
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +60,7 @@ class Harness(ABC):
 
     *features* are for the marker `needs`, beside the names of Capabilities: "topics" are made
     when they are first used, "server" can be stopped and paused, "foreign" takes messages from other clients, "frames" is spoken in the lines
-    of NATS, "bare-json" takes structured events that no header announces.
+    of NATS, "bare-json" takes structured events that no header announces, "removable" topics can be removed.
     """
 
     capabilities: ClassVar[Capabilities]
@@ -80,6 +82,10 @@ class Harness(ABC):
     @abstractmethod
     def make(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
         """A new instance, not connected: a sidecar of its own."""
+
+    async def remove_topic(self, topic: str) -> None:
+        """With all that is stored there. Returns when it is gone, and can be made anew."""
+        raise NotImplementedError
 
     def stop(self) -> None:
         """End the server in order: it keeps all that it knows."""
@@ -165,6 +171,7 @@ class NatsHarness(Harness):
 
 class JetStreamHarness(NatsHarness):
     capabilities = JetStreamBroker.capabilities
+    features = NatsHarness.features | {"removable"}
 
     def make(self, *, ack_wait_seconds: float = LONG_SECONDS) -> Broker:
         settings = JetStream(
@@ -177,12 +184,17 @@ class JetStreamHarness(NatsHarness):
         )
         return JetStreamBroker("jetstream", settings, client_name="conformance")
 
+    async def remove_topic(self, topic: str) -> None:
+        client = await nats.connect(self.server.url)
+        await client.jetstream().delete_stream(topic.partition(".")[0])
+        await client.close()
+
 
 class KafkaHarness(Harness):
     """Topics have one partition: what one sidecar has of it, another has not."""
 
     capabilities = KafkaBroker.capabilities
-    features = frozenset({"topics", "server", "foreign"})
+    features = frozenset({"topics", "server", "foreign", "removable"})
     server_fixture = "shared_kafka"
     server: KafkaCluster
 
@@ -203,6 +215,16 @@ class KafkaHarness(Harness):
             max_pending=(20_000, 32 * 1024 * 1024),
             timeout_seconds=10,
         )
+
+    async def remove_topic(self, topic: str) -> None:
+        admin = AdminClient({"bootstrap.servers": self.server.bootstrap_servers, "log_level": 0})
+        await asyncio.to_thread(admin.delete_topics([topic])[topic].result, 10)
+
+        async def is_gone() -> bool:
+            known = await asyncio.to_thread(admin.list_topics, timeout=10)
+            return topic not in known.topics
+
+        await until(is_gone)
 
     @property
     def address(self) -> tuple[str, int]:

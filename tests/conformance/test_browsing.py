@@ -235,6 +235,25 @@ async def test_bytes_that_are_no_event_are_told(
     assert ids_of(stored) == ["before", "?", "after"]
 
 
+@pytest.mark.needs("removable")
+async def test_a_topic_that_is_made_anew_is_another_incarnation(
+    world: World, harness: Harness, topic: str
+) -> None:
+    """It counts from its first number again, and those are other events; for all who look."""
+    broker, other = await world.sidecar(), await world.sidecar()
+    await publish(broker, topic, events(range(3)))
+    before = await only_log(broker, topic)
+    await harness.remove_topic(topic)
+    await publish(await world.sidecar(), topic, [event("new")])
+    after, elsewhere = await only_log(broker, topic), await only_log(other, topic)
+    stored = await read_all(broker, topic)
+
+    assert before.incarnation
+    assert after.incarnation
+    assert before.incarnation != after.incarnation == elsewhere.incarnation
+    assert ids_of(stored) == ["new"]
+
+
 # -- deleting
 
 

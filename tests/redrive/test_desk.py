@@ -23,6 +23,7 @@ from sidecar.errors import (
     InvalidRequest,
     SubscriptionMissing,
 )
+from sidecar.wire.attributes import new_id
 from tests.delivery.stage import Moody, memory
 from tests.redrive.stage import DLQ, FAST, Desked, desked, ids, letter, serving
 from tests.support.waiting import until
@@ -452,6 +453,74 @@ async def test_what_a_dead_one_had_claimed_is_redriven_once(at: str) -> None:
     assert progress.done == (0 if at == "marked" else 4)
     assert [event.id for event in events] == numbers(0, 4)
     assert left == []
+
+
+class Mortal(MemoryBroker):
+    """
+    It kills whoever uses it at a step: before it, or when it is done and nobody was told.
+
+    It stores whatever it is given: no window of duplicates hides what is published twice.
+    """
+
+    steps_left = -1
+    after = False
+
+    def _step(self) -> None:
+        self.steps_left -= 1
+        if self.steps_left == 0:
+            raise Dying
+
+    def publish(
+        self, topic: str, events: Sequence[Event], *, broker_ids: Sequence[str] | None = None
+    ) -> asyncio.Future[Sequence[Outcome]]:
+        if not self.after:
+            self._step()
+        published = super().publish(topic, events, broker_ids=[new_id() for _ in events])
+        if self.after:
+            self._step()
+        return published
+
+    async def delete(self, log: Log, numbers: Sequence[int]) -> None:
+        if not self.after:
+            self._step()
+        await super().delete(log, numbers)
+        if self.after:
+            self._step()
+
+
+class MortalLog(Mortal):
+    """The same where nothing is deleted."""
+
+    capabilities = msgspec.structs.replace(MemoryBroker.capabilities, deletes=False)
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])
+@pytest.mark.parametrize("kind", [Mortal, MortalLog])
+@pytest.mark.parametrize("after", [False, True])
+async def test_wherever_it_dies_and_dies_again_each_is_redriven_once(
+    kind: type[Mortal], *, after: bool
+) -> None:
+    """At every step in turn; the one who takes over dies too, one step later, and a third ends it."""
+    step, died = 0, True
+    while died:
+        step, died = step + 1, False
+        broker = kind("memory", Memory(type="memory"))
+        broker.after = after
+        sidecars = [Desked(broker) for _ in range(3)]
+        async with serving(*sidecars):
+            await sidecars[0].store(*[letter(n) for n in range(6)])
+            for number, one in enumerate(sidecars):
+                broker.steps_left = step + number if number < 2 else -1
+                try:
+                    await done_later(one, Order(Kind.REDRIVE, Filter(key="k1"), rate=40.0))
+                except Dying:
+                    died = True
+            events = await sidecars[2].on("orders.created")
+            left = await sidecars[2].listed(oldest_first=True)
+
+        assert [event.id for event in events] == ["1", "4"], step
+        assert ids(left) == ["0", "2", "3", "5"], step
+    assert step > 4
 
 
 class Blind(MemoryBroker):
