@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
     from sidecar.client import DeadLetter
 
+WORK_QUEUE = """
+[[brokers.work.streams]]
+name = "drill"
+subjects = ["drill.>"]
+retention = "workqueue"
+"""
+
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -61,6 +68,16 @@ async def redrive(client: Sidecar, wanted: DeadLetterFilter) -> int:
 async def test_a_redrive_that_was_killed_goes_on_and_each_is_delivered_once(config: str) -> None:
     """60 of 200 at 20 a second, `kill -9` half-way, the same command again; the 140 others stay."""
     report = await redriven_over_a_kill(config, 200, 20.0)
+
+    assert report.delivered == Counter(report.wanted), report.text()
+    assert report.holds, report.text()
+
+
+async def test_a_work_queue_that_loses_what_is_acked_gets_each_once_too() -> None:
+    """What was published cannot be seen there any more, but the stream still knows it."""
+    with NatsServer() as server:
+        config = ON_JETSTREAM.format(url=server.url) + WORK_QUEUE
+        report = await redriven_over_a_kill(config, 200, 20.0)
 
     assert report.delivered == Counter(report.wanted), report.text()
     assert report.holds, report.text()
