@@ -265,6 +265,8 @@ class Broker(ABC):
     type: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     dead_letter_topic: ClassVar[str] = "dlq.{topic}"
+    marks_topic: ClassVar[str] = "sidecar-dead-letter-marks"
+    """Where it is recorded what was done to dead letters; see `keep`."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -13,7 +13,6 @@ from sidecar.config import Memory
 from sidecar.delivery.redrive.batch import Order
 from sidecar.delivery.redrive.claims import good_for
 from sidecar.delivery.redrive.filters import Filter
-from sidecar.delivery.redrive.ledger import TOPIC as MARKS
 from sidecar.delivery.redrive.letter import LetterId
 from sidecar.delivery.redrive.marks import Kind, State, decode
 from sidecar.errors import (
@@ -262,7 +261,7 @@ async def test_a_dry_run_counts_and_does_nothing() -> None:
         redriven = await one.redrive(dry_run=True)
         discarded = await one.discard(Filter(key="k0"), dry_run=True)
         events = await one.on("orders.created")
-        marks = await one.on("sidecar-dead-letter-marks")
+        marks = await one.on(MemoryBroker.marks_topic)
         left = await one.listed()
 
     assert (redriven.done, discarded.done) == (10, 4)
@@ -554,7 +553,7 @@ async def interrupted(dying: Desked) -> None:
         topic: str, events: Sequence[Event], *, broker_ids: Sequence[str] | None = None
     ) -> asyncio.Future[Sequence[Outcome]]:
         nonlocal marks
-        marks += topic == MARKS
+        marks += topic == MemoryBroker.marks_topic
         if marks > 1:
             raise Dying
         return publish(topic, events, broker_ids=broker_ids)
@@ -666,7 +665,7 @@ async def test_large_ones_go_in_small_batches() -> None:
     async with desked(broker) as one:
         await one.store(*[letter(n, data=b"x" * 3_000_000) for n in range(7)])
         progress = await one.redrive()
-        claims = [decode(event.data or b"") for event in await one.on(MARKS)]
+        claims = [decode(event.data or b"") for event in await one.on(MemoryBroker.marks_topic)]
 
     assert progress.done == 7
     assert [len(m.letters) for m in claims if m.kind is Kind.REDRIVE] == [3, 3, 1]

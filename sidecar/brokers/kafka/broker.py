@@ -48,6 +48,8 @@ class KafkaBroker(Broker):
 
     type: ClassVar[str] = "kafka"
     dead_letter_topic: ClassVar[str] = "{topic}.dlq"
+    # Named so that a subscription with a wildcard does not get it; see topics.names.
+    marks_topic: ClassVar[str] = "sidecar-dead-letter-marks.dlq"
     capabilities: ClassVar[Capabilities] = Capabilities(
         durability=Durability.STORED,
         positions=True,

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOPIC = "sidecar-dead-letter-marks"
 PAGE = 500
 WRITE_SECONDS = 5.0
 READ_BACK_SECONDS = 5.0
@@ -41,6 +40,7 @@ class Ledger:
         self.marks = Marks()
         self.watch = Watch()
         self._broker = broker
+        self._topic = broker.marks_topic
         self._publisher = publisher
         self._clock = clock
         self._next: dict[str, int] = {}
@@ -53,7 +53,7 @@ class Ledger:
     async def catch_up(self) -> None:
         """Read what is new. Raises BrokerUnavailable, NotSupported, BrokerRefused."""
         async with self._reading:
-            for each in await self._broker.logs(TOPIC):
+            for each in await self._broker.logs(self._topic):
                 await self._read(each)
             self.watch.seen(self.marks.claims(), self._clock())
 
@@ -75,7 +75,7 @@ class Ledger:
         try:
             mark = decode(event.data or b"")
         except msgspec.DecodeError:
-            log.warning("broker %s: %s has no mark at %d", self._broker.name, TOPIC, number)
+            log.warning("broker %s: %s has no mark at %d", self._broker.name, self._topic, number)
         else:
             self.marks.apply(mark)
 
@@ -91,13 +91,13 @@ class Ledger:
             raise TopicMissing(
                 f"{error.message}. It records what was done to dead letters: one partition, and "
                 "nothing may expire there before the dead letters do",
-                topic=TOPIC,
+                topic=self._topic,
                 broker=self._broker.name,
             ) from error
 
     async def _add(self, mark: Mark) -> None:
         if not self._is_kept:
-            await self._broker.keep(TOPIC)
+            await self._broker.keep(self._topic)
             self._is_kept = True
         event = Event(
             id=new_id(),
@@ -110,10 +110,10 @@ class Ledger:
         )
         outcomes = await self._publisher.publish_to(
             self._broker.name,
-            TOPIC,
+            self._topic,
             [event],
             broker_ids=[f"mark/{event.id}"],
-            label=TOPIC,
+            label=self._topic,
             timeout=WRITE_SECONDS,
             wait=WRITE_SECONDS,
         )
@@ -130,7 +130,7 @@ class Ledger:
                 return
             if self._clock() > deadline:
                 raise BrokerUnavailable(
-                    f"broker {self._broker.name!r}: a mark was stored in {TOPIC} and is not there "
+                    f"broker {self._broker.name!r}: a mark was stored in {self._topic} and is not there "
                     f"after {READ_BACK_SECONDS:g} s",
                     broker=self._broker.name,
                 )
