@@ -385,6 +385,29 @@ async def test_two_sidecars_at_the_same_time_redrive_each_once() -> None:
     assert left == []
 
 
+async def test_what_another_call_has_claimed_meanwhile_is_not_taken_over() -> None:
+    """
+    A slow call has chosen its next one, and waits for its turn; a second call claims it then.
+
+    Both are calls of one sidecar, which reads the marks for both: the first one knows of the claim.
+    """
+    async with desked(Mortal("memory", Memory(type="memory"))) as one:
+        await one.store(*[letter(n, key="slow" if n in {0, 10} else "") for n in range(11)])
+        one.desk = type(one.desk)(one.brokers, one.publisher, one.hub)
+
+        async def first_is_there() -> bool:
+            return len(await one.on("orders.created")) == 1
+
+        async with serving(one), asyncio.TaskGroup() as tasks:
+            slow = tasks.create_task(one.redrive(Filter(key="slow"), rate=0.8))
+            await until(first_is_there)
+            second = tasks.create_task(one.redrive(rate=5.0))
+        events = await one.on("orders.created")
+
+    assert slow.result().done + second.result().done == 11
+    assert sorted((event.id for event in events), key=int) == numbers(0, 11)
+
+
 async def test_closed_early_it_ends_what_is_under_way_and_leaves_the_rest_open() -> None:
     async with desked() as one:
         await one.store(*[letter(n) for n in range(100)])

@@ -16,7 +16,7 @@ import msgspec
 
 from sidecar.delivery.redrive.claims import ROOM_SECONDS, good_for, may_use
 from sidecar.delivery.redrive.letter import log_key
-from sidecar.delivery.redrive.marks import Claimed, Kind, Mark, State, Target
+from sidecar.delivery.redrive.marks import DONE, Claimed, Kind, Mark, State, Target
 from sidecar.delivery.redrive.patience import MAYBE_DONE, NOT_NOW, Patience
 from sidecar.delivery.redrive.reading import by_log, whole
 from sidecar.delivery.redrive.traces import Traces
@@ -126,6 +126,12 @@ class Worker:
         due = await self.pacer.due(len(letters), self.patience.stop) if self._redrives else 0
         if self.patience.stop.is_set():
             return ends
+        # Non-obvious: since these were chosen, somebody's reading of the marks may have shown that
+        # they are claimed. Taken over unwatched, they would be published by two.
+        ends.again += (letter for letter in letters if not self._is_free(letter))
+        letters = [letter for letter in letters if self._is_free(letter)]
+        if not letters:
+            return ends
         held = {letter.key: self._ledger.marks.held(letter.key) for letter in letters}
         claim, made = self._claim(letters, held, going), self.clock()
         try:
@@ -143,6 +149,9 @@ class Worker:
             ends.discarded += rest
         await self._end(claim, ends)
         return ends
+
+    def _is_free(self, letter: DeadLetter) -> bool:
+        return self._ledger.is_free(letter.key)
 
     def _claim(
         self,
@@ -254,7 +263,10 @@ class Worker:
         ):
             if letters:
                 await self._end_as(kind, letters, claim)
-        await self.delete([*ends.redriven, *ends.discarded])
+        state = self._ledger.marks.state
+        ended = (*ends.redriven, *ends.discarded)
+        # What was taken over meanwhile is for whoever has it to end.
+        await self.delete(letter for letter in ended if state(letter.key) in DONE)
 
     async def _end_as(self, kind: Kind, letters: Sequence[DeadLetter], claim: Mark) -> None:
         ours = [letter for letter in letters if self._has(letter, claim)]

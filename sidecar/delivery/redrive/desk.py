@@ -14,9 +14,10 @@ import msgspec
 from sidecar import config
 from sidecar.delivery.redrive.batch import Progress, Worker
 from sidecar.delivery.redrive.filters import Filter, merged, place_of_subscription, place_of_topic
-from sidecar.delivery.redrive.job import DONE, Job, forget, logs_of, pick
+from sidecar.delivery.redrive.job import Job, forget, logs_of, pick
 from sidecar.delivery.redrive.ledger import Ledger
 from sidecar.delivery.redrive.letter import LetterId, letter_of, life, log_key
+from sidecar.delivery.redrive.marks import DONE
 from sidecar.delivery.redrive.pacing import Pacer
 from sidecar.delivery.redrive.patience import Patience
 from sidecar.delivery.redrive.reading import Backward, Budget, Forward, Merge, whole
@@ -311,7 +312,6 @@ class Desk:
                 worker=worker,
                 patience=patience,
                 progress=progress,
-                clock=self._clock,
             )
             await job.run()
         if patience.stop.is_set():

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from sidecar.delivery.redrive.letter import letter_of, log_key
-from sidecar.delivery.redrive.marks import Kind, State
+from sidecar.delivery.redrive.marks import DONE, Kind, State
 from sidecar.delivery.redrive.reading import Budget, Forward, Merge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from sidecar.broker import Broker, Log, StoredEvent
     from sidecar.delivery.redrive.batch import Order, Progress, Worker
@@ -27,7 +26,6 @@ BATCH_SECONDS = 2.0
 BATCH_BYTES = 8 * 1024 * 1024
 """Of data, which a batch has in memory at once; one dead letter may have more."""
 MANY_WAITING = 1000
-DONE = frozenset({State.REDRIVEN, State.DISCARDED})
 
 
 class Job:
@@ -43,7 +41,6 @@ class Job:
         worker: Worker,
         patience: Patience,
         progress: Progress,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._order = order
         self._places = places
@@ -52,7 +49,6 @@ class Job:
         self._worker = worker
         self._patience = patience
         self._progress = progress
-        self._clock = clock
         self._batch: list[DeadLetter] = []
         self._done_before: list[DeadLetter] = []
         """To delete: whoever redrove them did not come to it."""
@@ -156,7 +152,7 @@ class Job:
         while self._waiting and not self._is_over:
             await self._patience.until_done(self._ledger.catch_up)
             self._forget_done()
-            free = [letter for key, letter in self._waiting.items() if self._is_free(key)]
+            free = [letter for key, letter in self._waiting.items() if self._ledger.is_free(key)]
             for letter in free:
                 if _is_full(self._batch, self._room):
                     break
@@ -167,12 +163,6 @@ class Job:
                 await self._work_on_batch()
             elif self._waiting:
                 await self._patience.pause()
-
-    def _is_free(self, key: Key) -> bool:
-        held = self._ledger.marks.held(key)
-        return held is None or self._ledger.watch.may_take_over(
-            held.claim, held.good_seconds, self._clock()
-        )
 
 
 def _is_full(batch: Sequence[DeadLetter], room: int) -> bool:

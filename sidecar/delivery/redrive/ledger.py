@@ -11,7 +11,7 @@ import msgspec
 
 from sidecar.delivery.redrive.claims import Watch
 from sidecar.delivery.redrive.letter import log_key
-from sidecar.delivery.redrive.marks import Mark, Marks, decode, encode
+from sidecar.delivery.redrive.marks import DONE, Mark, Marks, decode, encode
 from sidecar.errors import BrokerUnavailable, TopicMissing
 from sidecar.event import Event, Position, Receipt
 from sidecar.wire.attributes import new_id
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sidecar.broker import Broker, Log
+    from sidecar.delivery.redrive.letter import Key
     from sidecar.publishing.publisher import Publisher
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,13 @@ class Ledger:
             log.warning("broker %s: %s has no mark at %d", self._broker.name, self._topic, number)
         else:
             self.marks.apply(mark)
+
+    def is_free(self, key: Key) -> bool:
+        """Whether a letter may be claimed: it is open, or held by a claim that may be taken over."""
+        held = self.marks.held(key)
+        if held is None:
+            return self.marks.state(key) not in DONE
+        return self.watch.may_take_over(held.claim, held.good_seconds, self._clock())
 
     async def add(self, mark: Mark) -> None:
         """

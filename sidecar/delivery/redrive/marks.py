@@ -42,6 +42,9 @@ class State(enum.StrEnum):
     DISCARDED = "discarded"
 
 
+DONE = frozenset({State.REDRIVEN, State.DISCARDED})
+
+
 class Target(msgspec.Struct, frozen=True, array_like=True):
     """Where a claim publishes, and how far each log there went when it was made."""
 
