@@ -392,7 +392,7 @@ class App:
 def _push_gauges(pusher: Pusher | None) -> tuple[int, int, bool]:
     if pusher is None:
         return 0, 0, False
-    return pusher.requests, pusher.concurrency, pusher.circuit.state is not CircuitState.CLOSED
+    return pusher.requests, pusher.concurrency, pusher.circuit.state is CircuitState.OPEN
 
 
 def _topics(config: Config) -> Iterator[str]:

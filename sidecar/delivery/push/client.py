@@ -1,9 +1,8 @@
 """
 POST over kept connections, and exactly what became of each: a small HTTP/1.1 client.
 
-Of an answer that did not come it has to be known whether the app was reached, and whether the
-connection had been lying idle: that is what tells an app that is down from one that crashed with
-an event in its hands, and from one that had just closed an idle connection. It also costs a fifth
+Of an answer that did not come it has to be known whether the app had read the request: that is
+what tells an app that is down, or was just going, from one that crashed with an event in its hands. It also costs a fifth
 of what aiohttp's client does for a request (see tests/benchmarks/README.md).
 """
 
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import ssl
 from collections import deque
 from typing import TYPE_CHECKING, cast
@@ -21,10 +21,12 @@ import httptools
 from sidecar.delivery.push.answers import MAX_TEXT, Answer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 IDLE_SECONDS = 1.0
 """A connection that lay idle for longer may be closed by the app just as we write to it."""
+READ_AT_ONCE_BYTES = 2048
+"""Every server reads so much of a request at once, so it has read all of this, or nothing."""
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BODY_BYTES = 16 * 1024 * 1024
 """An answer's body is read, so that the connection can be used again, but not without end."""
@@ -38,14 +40,23 @@ class Unreachable(Exception):
 class Broken(Exception):
     """The connection ended after the request was written, and before its answer was there."""
 
+    def __init__(self, why: str, *, reset: bool = False) -> None:
+        """*reset*: it ended with bytes of ours that nobody had read."""
+        super().__init__(why)
+        self.reset = reset
+
+
+class NoAnswer(Exception):
+    """The app has the request, and did not answer in time."""
+
 
 class Client:
     """Connections to one address, each with one request at a time."""
 
-    def __init__(self, socket: str, url: str, *, connect_seconds: float) -> None:
-        """*socket*: path of a Unix socket, or empty; *url*: as config.push_address gives it."""
+    def __init__(self, path: str, url: str, *, connect_seconds: float) -> None:
+        """*path*: of a Unix socket, or empty; *url*: as config.push_address gives it."""
         parts = urlsplit(url)
-        self._socket = socket
+        self._path = path
         self._host = parts.hostname or ""
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
@@ -68,35 +79,61 @@ class Client:
         self._give_back(connection)
         return ""
 
-    async def post(self, head: bytes, body: bytes) -> Answer:
+    async def post(self, head: bytes, body: bytes, *, seconds: float) -> Answer:
         """
         POST *body*; *head* are header lines, each with its CRLF, but for host and content-length.
 
-        Raises Unreachable and Broken. Bound it in time: cancelled, it closes its connection.
+        Raises NoAnswer after *seconds*, Unreachable (also when they passed without a connection)
+        and Broken. Cancelled, it closes its connection.
+
+        Non-obvious: a system that closes a socket with unread bytes in it sends a reset, and else
+        an orderly end. So after a reset the app has not read what fits into one read of any server.
+        From another host an orderly end may also have crossed our request; where the connection had
+        been idle it is taken for that, and the request is repeated, once.
         """
         request = b"%scontent-length: %d\r\n%s\r\n%s" % (self._start, len(body), head, body)
+        deadline = asyncio.get_running_loop().time() + seconds
+        again = False
         while True:
-            connection = self._take_idle() or await self._connect()
-            was_idle = connection.idle_seconds > IDLE_SECONDS
+            connection = (None if again else self._take_idle()) or await self._connect(deadline)
+            stale = not again and connection.may_be_stale
             try:
+                return await self._send(connection, request, deadline)
+            except Broken as error:
+                unread = error.reset and len(request) <= READ_AT_ONCE_BYTES
+                if connection.answers or not (unread or stale):
+                    raise
+                if not (connection.used or stale):
+                    raise Unreachable("the request was reset before it was read") from error
+                again = True
+                self._drop_stale()
+
+    async def _send(self, connection: _Connection, request: bytes, deadline: float) -> Answer:
+        try:
+            async with asyncio.timeout_at(deadline):
                 answer = await connection.send(request)
-            except Broken:
-                if was_idle and not connection.answered:
-                    continue  # closed as we wrote: no word on the app, and the next is a fresh one
-                raise
-            except BaseException:
-                connection.abort()
-                raise
-            self._give_back(connection)
-            return answer
+        except TimeoutError:
+            connection.abort()
+            raise NoAnswer from None
+        except BaseException:
+            connection.abort()
+            raise
+        self._give_back(connection)
+        return answer
 
     def _take_idle(self) -> _Connection | None:
         while self._idle:
             connection = self._idle.pop()  # the one used last is the least likely to be closed
-            if connection.usable:
+            if connection.usable and not connection.readable:
                 return connection
             connection.abort()
         return None
+
+    def _drop_stale(self) -> None:
+        """One was, so the others may be: an event must not try them one after the other."""
+        for connection in [one for one in self._idle if one.may_be_stale]:
+            self._idle.remove(connection)
+            connection.abort()
 
     def _give_back(self, connection: _Connection) -> None:
         if connection.usable:
@@ -105,18 +142,19 @@ class Client:
         else:
             connection.abort()
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self, deadline: float = float("inf")) -> _Connection:
         loop = asyncio.get_running_loop()
+        began = loop.time()
         try:
-            async with asyncio.timeout(self._connect_seconds):
-                if self._socket:
-                    _, made = await loop.create_unix_connection(self._new, self._socket)
+            async with asyncio.timeout_at(min(deadline, began + self._connect_seconds)):
+                if self._path:
+                    _, made = await loop.create_unix_connection(self._new, self._path)
                 else:
                     _, made = await loop.create_connection(
                         self._new, self._host, self._port, ssl=self._tls
                     )
         except TimeoutError:
-            raise Unreachable(f"no connection within {self._connect_seconds:g} s") from None
+            raise Unreachable(f"no connection within {loop.time() - began:.1f} s") from None
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise Unreachable(reason) from error
@@ -137,11 +175,14 @@ class Client:
 class _Connection(asyncio.Protocol):
     """One connection; the parser calls its on_… methods."""
 
-    def __init__(self, gone: object) -> None:
+    def __init__(self, gone: Callable[[_Connection], None]) -> None:
         self._gone = gone
         self._transport: asyncio.Transport | None = None
         self._waiting: asyncio.Future[Answer] | None = None
-        self._writable: asyncio.Event | None = None
+        self._poll = select.poll()
+        self._same_host = True
+        self.used = False
+        """A request was answered on it."""
         self._loop = asyncio.get_running_loop()
         self._rested_at = self._loop.time()
         self._lost = False
@@ -150,8 +191,8 @@ class _Connection(asyncio.Protocol):
 
     def _reset(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
-        self.answered = False
-        """A byte of an answer came."""
+        self.answers = False
+        """A byte of the answer came."""
         self._head_bytes = self._body_bytes = 0
         self._retry_after = self._content_type = ""
         self._text = b""
@@ -162,8 +203,14 @@ class _Connection(asyncio.Protocol):
         return not self._lost and self._reusable and self._transport is not None
 
     @property
-    def idle_seconds(self) -> float:
-        return self._loop.time() - self._rested_at
+    def readable(self) -> bool:
+        """Between requests: the app has closed it, though the loop has not come to tell us."""
+        return bool(self._poll.poll(0))
+
+    @property
+    def may_be_stale(self) -> bool:
+        """It lay idle, and an end that the other host has sent may still be on its way."""
+        return not self._same_host and self._loop.time() - self._rested_at > IDLE_SECONDS
 
     def rests(self) -> None:
         self._rested_at = self._loop.time()
@@ -187,12 +234,15 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+        here, there = (transport.get_extra_info(name) for name in ("sockname", "peername"))
+        self._same_host = not isinstance(there, tuple) or here[0] == there[0]
 
     def data_received(self, data: bytes) -> None:
         if self._waiting is None:  # nobody asked
             self.abort()
             return
-        self.answered = True
+        self.answers = True
         self._head_bytes += 0 if self._head_complete else len(data)
         try:
             if self._head_bytes > MAX_HEAD_BYTES or self._body_bytes > MAX_BODY_BYTES:
@@ -204,17 +254,19 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True
-        if callable(self._gone):
-            self._gone(self)
+        self._gone(self)
         if self._head_complete and self._waiting is not None and not self._reusable:
             self._done()  # a body that ends with the connection
-        self._break("the connection ended before the answer" if error is None else str(error))
+        if error is None:
+            self._break("the connection ended before the answer")
+        else:
+            self._break(str(error), reset=isinstance(error, ConnectionResetError))
 
-    def _break(self, why: str) -> None:
+    def _break(self, why: str, *, reset: bool = False) -> None:
         self._reusable = False
         waiting, self._waiting = self._waiting, None
         if waiting is not None and not waiting.done():
-            waiting.set_exception(Broken(why))
+            waiting.set_exception(Broken(why, reset=reset))
 
     # -- httptools' callbacks
 
@@ -241,6 +293,7 @@ class _Connection(asyncio.Protocol):
         self._done()
 
     def _done(self) -> None:
+        self.used = True
         waiting, self._waiting = self._waiting, None
         if waiting is not None and not waiting.done():
             status = self._parser.get_status_code()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sidecar.config import push_address
 from sidecar.delivery.push.answers import Meaning, meaning
 from sidecar.delivery.push.circuit import Circuit, State
-from sidecar.delivery.push.client import Broken, Client, Unreachable
+from sidecar.delivery.push.client import Broken, Client, NoAnswer, Unreachable
 from sidecar.delivery.push.concurrency import Concurrency
 from sidecar.delivery.push.requests import Requests
 from sidecar.errors import Draining
@@ -146,9 +146,9 @@ class Pusher:
             self._settle(tokens, Verdict.EXTEND, delay=self._timeout + 1)
         outcome = "broken"
         try:
-            async with asyncio.timeout(self._timeout):
-                answer = await self._client.post(*self._requests.of(deliveries))
-        except TimeoutError:
+            head, body = self._requests.of(deliveries)
+            answer = await self._client.post(head, body, seconds=self._timeout)
+        except NoAnswer:
             outcome = "timeout"
             self._timed_out(tokens, begun)
         except Unreachable as error:
@@ -168,18 +168,24 @@ class Pusher:
 
     def _timed_out(self, tokens: Sequence[str], begun: float) -> None:
         why = f"timeout: no answer within {self._timeout:g} s"
+        trial = self.circuit.state is State.HALF_OPEN
         self._concurrency.pushed_back(begun, self._now())
         self.circuit.answered(works=False, now=self._now(), why=f"{self.url}: {why}")
-        self._settle(tokens, Verdict.NACK, reason=why)
+        self._settle(tokens, Verdict.NACK, reason=why, uncounted=trial)
 
     def _answered(self, tokens: Sequence[str], said: Meaning, begun: float) -> str:
         now = self._now()
+        # What only told that the app is still down is no attempt, or a long outage behind a proxy,
+        # which answers 503 for it, would make dead letters.
+        uncounted = self.circuit.state is State.HALF_OPEN and not said.works
         if said.pushed_back:
             self._concurrency.pushed_back(begun, now)
         elif said.works:
             self._concurrency.succeeded(now - begun, under_way=self.requests)
         self.circuit.answered(works=said.works, now=now, why=f"{self.url}: {said.reason}")
-        self._settle(tokens, said.verdict, delay=said.delay, reason=said.reason)
+        self._settle(
+            tokens, said.verdict, delay=said.delay, reason=said.reason, uncounted=uncounted
+        )
         return said.verdict.name.lower()
 
     def _settle(
@@ -189,16 +195,20 @@ class Pusher:
         *,
         delay: float | None = None,
         reason: str = "",
+        uncounted: bool = False,
     ) -> None:
         """What does not count any more (the lease ended, the subscription moved) comes again."""
-        self._subscription.settle([Settlement(token, verdict, delay, reason) for token in tokens])
+        self._subscription.settle(
+            [Settlement(token, verdict, delay, reason, uncounted) for token in tokens]
+        )
 
     def _recredit(self) -> None:
         if self.circuit.state is State.OPEN or self._closed:
             self.credit = 0
             self._changed.set()
             return
-        more = max(0, self.concurrency - self.requests) * self.max_batch - self.credit
+        batch = 1 if self.circuit.state is State.HALF_OPEN else self.max_batch
+        more = max(0, self.concurrency - self.requests) * batch - self.credit
         if more > 0 and self._attached:
             self._subscription.credit(self, more)
         else:
