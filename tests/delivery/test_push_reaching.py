@@ -295,3 +295,32 @@ async def test_an_app_that_returns_is_tried_with_one_event_also_where_it_gets_ba
     sizes = [got.body.count(b'"specversion"') for got in app.got]
     assert sizes[0] == 1
     assert sum(sizes) == 50
+
+
+# -- what goes along
+
+
+@pytest.mark.parametrize("mode", ["binary", "structured"])
+async def test_a_publisher_cannot_choose_the_headers_of_the_request(mode: str) -> None:
+    """An app may trust who it is told the request is from; and what a sidecar added goes along."""
+    beside = {
+        "traceparent": "00-" + "a" * 32 + "-" + "b" * 16 + "-01",
+        "baggage": "a=b",
+        "sidecar-dead-letter-reason": "rejected",
+        "sidecar-attempt": "7",
+        "authorization": "Bearer stolen",
+        "cookie": "session=1",
+        "x-forwarded-for": "10.0.0.1",
+    }
+    async with HttpApp() as app, running() as sidecar:
+        settings = {"url": app.url, "content_mode": mode, "headers": {"authorization": "Bearer t"}}
+        push(sidecar, app.url, push=settings)
+        await sidecar.publish("orders.new", event("1", headers=beside))
+        (got,) = await app.take(1)
+
+    assert got.headers["authorization"] == "Bearer t"
+    assert got.headers["sidecar-attempt"] == "1"
+    assert got.headers.keys() & beside.keys() == {
+        *("traceparent", "baggage", "authorization"),
+        *("sidecar-dead-letter-reason", "sidecar-attempt"),
+    }

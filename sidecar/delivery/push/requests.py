@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from sidecar.delivery.consumers import Delivery
 
 OURS = frozenset({"sidecar-subscription", "sidecar-topic", "sidecar-attempt"})
-_TRACE = ("traceparent", "tracestate", "baggage")
+_TRACE = frozenset({"traceparent", "tracestate", "baggage"})
+
+
+def _goes_along(name: str) -> bool:
+    """
+    Of an event's own headers, the trace context and what a sidecar added, as to dead letters.
+
+    Others are chosen by whoever published it, and an app may trust what is in a request's headers.
+    """
+    return name in _TRACE or (name.startswith("sidecar-") and name not in OURS)
 
 
 class Requests:
@@ -44,15 +53,15 @@ class Requests:
         if self._structured:
             body = to_json(event)
             headers = [("content-type", f"{JSON_TYPE}; charset=utf-8")]
-            headers += [
-                (name, header_text(event.headers[name], ascii_only=True))
-                for name in _TRACE
-                if name in event.headers
-            ]
         else:
             headers, body = to_http(event)
             if event.headers:
-                headers = [(name, value) for name, value in headers if name not in OURS]
+                headers = [one for one in headers if one[0] not in event.headers]
+        headers += [
+            (name, header_text(value, ascii_only=True))
+            for name, value in event.headers.items()
+            if _goes_along(name)
+        ]
         headers.append(("sidecar-topic", delivery.topic))
         headers.append(("sidecar-attempt", str(delivery.attempt)))
         return self._fixed + header_lines(headers), body
