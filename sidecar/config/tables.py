@@ -30,6 +30,7 @@ from sidecar.config.values import (
     LoopbackAddress,
     Name,
     Pattern,
+    PushHeaders,
     PushUrl,
     Scalars,
     Seconds,
@@ -338,7 +339,7 @@ class Push(Settings):
     max_batch_events: Annotated[int, Field(ge=1, le=10_000)] = 1
     max_concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64
     timeout_seconds: Annotated[float, Field(ge=0.1, le=3600)] | None = None
-    headers: dict[str, str] = {}
+    headers: PushHeaders = {}
 
 
 class Filter(Settings):

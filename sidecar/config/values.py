@@ -165,24 +165,53 @@ def push_address(url: str) -> tuple[str, str]:
     )
     if url.startswith("unix://"):
         socket, _, path = url.removeprefix("unix://").partition(":")
-        if not socket.startswith("/") or (path and not path.startswith("/")):
+        if not socket.startswith("/") or (path and not path.startswith("/")) or _breaks_line(path):
             raise ValueError(problem)
         return socket_path(socket), f"http://app{path or '/'}"
     try:
         parts = urlsplit(url)
         complete = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+        (parts.hostname or "").encode("idna")  # as the look-up of its address does
     except ValueError:
         raise ValueError(problem) from None
-    if not complete:
+    if not complete or _breaks_line(url):
         raise ValueError(problem)
     if parts.username or parts.password:
         raise ValueError("holds credentials, which go nowhere; leave them out")
     return "", url
 
 
+def _breaks_line(text: str) -> bool:
+    """It cannot stand in the first line of a request as it is."""
+    return not (text.isascii() and text.isprintable()) or " " in text
+
+
 def _push_url(value: str) -> str:
     push_address(value)
     return value
+
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_NOT_TO_BE_SET = re.compile(
+    r"ce-.*|sidecar-.*|content-(type|length|encoding)|connection|expect|host|keep-alive|te|trailer"
+    r"|transfer-encoding|upgrade|traceparent|tracestate|baggage"
+)
+
+
+def _push_headers(headers: dict[str, str]) -> dict[str, str]:
+    problems = []
+    for name, value in headers.items():
+        if not _HEADER_NAME.fullmatch(name):
+            problems.append(
+                f'{shown(name)} is not a header\'s name; one looks like "authorization"'
+            )
+        elif _NOT_TO_BE_SET.fullmatch(name.lower()):
+            problems.append(f"{shown(name)} is the sidecar's own; leave it out")
+        elif not (value.isascii() and value.isprintable()):  # it may be a secret: never shown
+            problems.append(f"the value of {shown(name)} is not printable ASCII; encode it")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return headers
 
 
 def start_or_time(value: object) -> object:
@@ -343,6 +372,7 @@ Attributes = Annotated[
     dict[Annotated[str, Field(pattern=r"^[a-z0-9]{1,64}$")], str], Field(min_length=1)
 ]
 PushUrl = Annotated[str, AfterValidator(_push_url)]
+PushHeaders = Annotated[dict[str, str], AfterValidator(_push_headers)]
 BootstrapServer = Annotated[str, AfterValidator(_bootstrap_server)]
 
 

@@ -156,7 +156,9 @@ class Client:
         except TimeoutError:
             raise Unreachable(f"no connection within {loop.time() - began:.1f} s") from None
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
+            # A look-up that fails has numbers of its own, which are negative.
+            number = error.errno or 0
+            reason = os.strerror(number) if number > 0 else error.strerror or str(error)
             raise Unreachable(reason) from error
         return made
 

@@ -36,12 +36,12 @@ class Requests:
         assert push is not None
         self._structured = push.content_mode == "structured"
         self._batches = push.max_batch_events > 1
-        fixed = [
-            ("user-agent", f"sidecar/{sidecar.__version__}"),
-            ("sidecar-subscription", settings.name),
-            *((name.lower(), value) for name, value in push.headers.items()),
-        ]
-        self._fixed = header_lines(fixed)
+        fixed = {
+            "user-agent": f"sidecar/{sidecar.__version__}",
+            "sidecar-subscription": settings.name,
+            **{name.lower(): value for name, value in push.headers.items()},
+        }
+        self._fixed = header_lines(list(fixed.items()))
 
     def of(self, deliveries: Sequence[Delivery]) -> tuple[bytes, bytes]:
         """Header lines and body of one request with all of them."""
