@@ -79,9 +79,18 @@ class Connection:
 
 @asynccontextmanager
 async def serving(
-    serve: Callable[[Connection], Awaitable[None]], *, path: Path | None = None, host: str = ""
+    serve: Callable[[Connection], Awaitable[None]],
+    *,
+    path: Path | None = None,
+    host: str = "",
+    queue: int = 100,
+    accepting: asyncio.Event | None = None,
 ) -> AsyncIterator[str]:
-    """The URL of a server: *serve* has a connection, which is closed when it returns."""
+    """
+    The URL of a server: *serve* has a connection, which is closed when it returns.
+
+    At most *queue* connections wait, and one; they do until *accepting* is set.
+    """
     if path is not None:
         listening = socket.socket(socket.AF_UNIX)
         listening.bind(str(path))
@@ -90,7 +99,7 @@ async def serving(
         listening = socket.socket()
         listening.bind((host or "127.0.0.1", 0))
         url = "http://{}:{}/".format(*listening.getsockname())
-    listening.listen()
+    listening.listen(queue)
     listening.setblocking(False)  # noqa: FBT003 - its name
     loop = asyncio.get_running_loop()
 
@@ -100,6 +109,8 @@ async def serving(
 
     async def accept(tasks: asyncio.TaskGroup) -> None:
         number = 0
+        if accepting is not None:
+            await accepting.wait()
         while True:
             accepted, _ = await loop.sock_accept(listening)
             accepted.setblocking(False)  # noqa: FBT003
@@ -108,11 +119,11 @@ async def serving(
 
     with listening:
         async with asyncio.TaskGroup() as tasks:
-            accepting = tasks.create_task(accept(tasks))
+            accepter = tasks.create_task(accept(tasks))
             try:
                 yield url
             finally:
-                accepting.cancel()
+                accepter.cancel()
 
 
 @pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
@@ -224,37 +235,56 @@ async def test_a_poison_event_does_not_go_through_the_idle_connections(
     assert len(poisoned) == ended
 
 
+@asynccontextmanager
+async def with_a_full_queue(path: Path | None = None) -> AsyncIterator[tuple[str, asyncio.Event]]:
+    """The URL of a server that hangs, and what lets it go on. It answers all that comes."""
+    go_on = asyncio.Event()
+    async with serving(Connection.good, path=path, queue=0, accepting=go_on) as url:
+        family = socket.AF_INET if path is None else socket.AF_UNIX
+        with socket.socket(family) as filling:
+            filling.connect(
+                ("127.0.0.1", int(url.split(":")[2][:-1])) if path is None else str(path)
+            )
+            try:
+                yield url, go_on
+            finally:
+                go_on.set()
+
+
 async def test_a_connection_that_is_not_made_in_time_costs_no_attempt() -> None:
     """The app hangs and its queue of connections is full: what would connect gets no word."""
-    loop = asyncio.get_running_loop()
-    with socket.socket() as listening, socket.socket() as filling:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(0)
-        filling.connect(listening.getsockname())
-        async with running() as sidecar:
-            url = "http://{}:{}/".format(*listening.getsockname())
-            push(
-                sidecar,
-                url,
-                push={"url": url, "timeout_seconds": 0.3, "max_concurrency": 1},
-                retry={"max_attempts": 1},
-            )
-            await sidecar.publish("orders.new", event("1"))
-            await until(lambda: sidecar.heard.pushes.total() >= 2)
-            so_far = dict(sidecar.heard.pushes)
-            listening.setblocking(False)  # noqa: FBT003
-            first, _ = await loop.sock_accept(listening)
-            second, _ = await loop.sock_accept(listening)
-            with first, second:
-                second.setblocking(False)  # noqa: FBT003
-                connection = Connection(2, second)
-                while await connection.request() != "1":
-                    second, _ = await loop.sock_accept(listening)
-                await connection.answer()
-                await until(lambda: sidecar.heard.results["ack"] == 1)
+    async with with_a_full_queue() as (url, go_on), running() as sidecar:
+        settings = {"url": url, "timeout_seconds": 0.3, "max_concurrency": 1}
+        push(sidecar, url, push=settings, retry={"max_attempts": 1})
+        await sidecar.publish("orders.new", event("1"))
+        await until(lambda: sidecar.heard.pushes.total() >= 2)
+        so_far = dict(sidecar.heard.pushes)
+        go_on.set()
+        await until(lambda: sidecar.heard.results["ack"] == 1)
 
     assert so_far == {"unreachable": 2}
     assert sidecar.heard.results == {"released": 2, "ack": 1}
+
+
+async def test_a_full_queue_of_a_unix_socket_costs_nothing_and_is_waited_for(
+    tmp_path: Path, anyio_backend: tuple[str, dict[str, bool]]
+) -> None:
+    """As TCP waits by itself: an app that is busy is not down."""
+    async with with_a_full_queue(tmp_path / "app.sock") as (url, go_on), running() as sidecar:
+        pusher = push(
+            sidecar, url, push={"url": url, "max_concurrency": 1}, retry={"max_attempts": 1}
+        )
+        await sidecar.publish("orders.new", event("1"))
+        await until(lambda: pusher.requests == 1)
+        # Long enough for several tries; that there was none that failed is what is looked at.
+        await asyncio.sleep(5 * client.FULL_SECONDS)
+        go_on.set()
+        await until(lambda: sidecar.heard.results["ack"] == 1)
+
+    assert sidecar.heard.dead == []
+    assert set(sidecar.heard.pushes) <= {"ack", "unreachable"}
+    if anyio_backend[1]["use_uvloop"]:  # asyncio's own loop takes it for connected
+        assert sidecar.heard.pushes == {"ack": 1}
 
 
 # -- while it is tried whether the app is back

@@ -9,6 +9,7 @@ of what aiohttp's client does for a request (see tests/benchmarks/README.md).
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import select
 import ssl
@@ -27,6 +28,10 @@ IDLE_SECONDS = 1.0
 """A connection that lay idle for longer may be closed by the app just as we write to it."""
 READ_AT_ONCE_BYTES = 2048
 """Every server reads so much of a request at once, so it has read all of this, or nothing."""
+FULL_SECONDS = 0.02
+"""Pause before the next try where the app's queue of connections is full."""
+_UNREAD = frozenset({errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN})
+"""How a connection ends that has bytes nobody read, had ended before, or was none (a full queue)."""
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BODY_BYTES = 16 * 1024 * 1024
 """An answer's body is read, so that the connection can be used again, but not without end."""
@@ -40,10 +45,10 @@ class Unreachable(Exception):
 class Broken(Exception):
     """The connection ended after the request was written, and before its answer was there."""
 
-    def __init__(self, why: str, *, reset: bool = False) -> None:
-        """*reset*: it ended with bytes of ours that nobody had read."""
+    def __init__(self, why: str, *, unread: bool = False) -> None:
+        """*unread*: of what was written last, at least, nothing was read."""
         super().__init__(why)
-        self.reset = reset
+        self.unread = unread
 
 
 class NoAnswer(Exception):
@@ -100,11 +105,11 @@ class Client:
             try:
                 return await self._send(connection, request, deadline)
             except Broken as error:
-                unread = error.reset and len(request) <= READ_AT_ONCE_BYTES
+                unread = error.unread and len(request) <= READ_AT_ONCE_BYTES
                 if connection.answers or not (unread or stale):
                     raise
                 if not (connection.used or stale):
-                    raise Unreachable("the request was reset before it was read") from error
+                    raise Unreachable("the connection ended before the request was read") from error
                 again = True
                 self._drop_stale()
 
@@ -147,12 +152,7 @@ class Client:
         began = loop.time()
         try:
             async with asyncio.timeout_at(min(deadline, began + self._connect_seconds)):
-                if self._path:
-                    _, made = await loop.create_unix_connection(self._new, self._path)
-                else:
-                    _, made = await loop.create_connection(
-                        self._new, self._host, self._port, ssl=self._tls
-                    )
+                return await self._open()
         except TimeoutError:
             raise Unreachable(f"no connection within {loop.time() - began:.1f} s") from None
         except OSError as error:
@@ -160,7 +160,20 @@ class Client:
             number = error.errno or 0
             reason = os.strerror(number) if number > 0 else error.strerror or str(error)
             raise Unreachable(reason) from error
-        return made
+
+    async def _open(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        if not self._path:
+            _, made = await loop.create_connection(self._new, self._host, self._port, ssl=self._tls)
+            return made
+        while True:
+            try:
+                _, made = await loop.create_unix_connection(self._new, self._path)
+            except BlockingIOError:
+                # The queue of a Unix socket is full, where TCP would wait: the app is busy.
+                await asyncio.sleep(FULL_SECONDS)
+            else:
+                return made
 
     def _new(self) -> _Connection:
         connection = _Connection(self._all.discard)
@@ -222,7 +235,7 @@ class _Connection(asyncio.Protocol):
         self._reset()
         self._waiting = waiting = self._loop.create_future()
         if self._transport is None or self._lost:
-            self._break("the connection was closed")
+            self._break("the connection was closed", unread=True)
         else:
             self._transport.write(request)
         return waiting
@@ -262,13 +275,13 @@ class _Connection(asyncio.Protocol):
         if error is None:
             self._break("the connection ended before the answer")
         else:
-            self._break(str(error), reset=isinstance(error, ConnectionResetError))
+            self._break(str(error), unread=getattr(error, "errno", 0) in _UNREAD)
 
-    def _break(self, why: str, *, reset: bool = False) -> None:
+    def _break(self, why: str, *, unread: bool = False) -> None:
         self._reusable = False
         waiting, self._waiting = self._waiting, None
         if waiting is not None and not waiting.done():
-            waiting.set_exception(Broken(why, reset=reset))
+            waiting.set_exception(Broken(why, unread=unread))
 
     # -- httptools' callbacks
 
