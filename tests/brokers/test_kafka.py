@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import confluent_kafka
 import pytest
 from confluent_kafka import KafkaError, TopicPartition
 
-from sidecar.broker import Failures, Start
+from sidecar.broker import Failures, Interest, Start
 from sidecar.brokers.kafka.source import KafkaSource
 from sidecar.errors import (
     BrokerRefused,
@@ -820,3 +822,54 @@ async def test_a_cluster_without_the_new_group_protocol_is_used_with_the_old_one
             taken = await take(await broker.subscribe(wanted), 3)
 
     assert ids(taken) == numbers(3)
+
+
+# -- what a source may get
+
+
+async def test_what_is_due_is_of_our_partitions_only(cluster: KafkaCluster, topic: str) -> None:
+    """Two members share two partitions; of what the other does not read, this one could get nothing."""
+    cluster.create_topic(topic, 2)
+    async with broker_on(cluster) as broker, broker_on(cluster) as other:
+        wanted = interest(topic)
+        ours, theirs = await broker.subscribe(wanted), await other.subscribe(wanted)
+        batch = [event(str(n), key=str(n)) for n in range(100)]
+        receipts = await publish(broker, topic, batch)
+        counts = Counter(receipt.position and receipt.position.partition for receipt in receipts)
+
+        async def shared() -> bool:
+            """Each has one of them: fetched, and given back so that it stays due."""
+            for source in (ours, theirs):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        source.release([one.handle for one in await source.fetch(1)])
+            found = [await ours.due(), await theirs.due()]
+            return sorted(one or 0 for one in found) == sorted(counts.values())
+
+        await until(shared, seconds=30)
+        total = await ours.lag()
+        await ours.close()
+        await theirs.close()
+
+    assert total == 100
+    assert len(counts) == 2
+
+
+async def test_a_fetch_is_bounded_in_bytes_but_for_one_event(
+    broker: KafkaBroker, topic: str
+) -> None:
+    data = b"x" * 1_000_000
+    for number in range(20):
+        await publish(broker, topic, [event(str(number), data=data)])
+    source = await broker.subscribe(
+        Interest(fresh("name"), topic, 100, Start(), max_in_flight_bytes=2_500_000)
+    )
+    batches: list[list[Incoming]] = []
+    async with asyncio.timeout(30):
+        while sum(len(batch) for batch in batches) < 20:
+            batches.append(list(await source.fetch(100)))
+            source.ack([one.handle for one in batches[-1]])
+    await source.close()
+
+    assert [i.event.id for batch in batches for i in batch if i.event] == numbers(20)
+    assert max(len(batch) for batch in batches) <= 3

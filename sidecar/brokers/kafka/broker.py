@@ -19,7 +19,7 @@ from sidecar.broker import (
 from sidecar.brokers.kafka.browsing import IDLE_SECONDS, Browser
 from sidecar.brokers.kafka.client import FRAMING_BYTES, Conf, common, options
 from sidecar.brokers.kafka.groups import Groups
-from sidecar.brokers.kafka.member import Member, Place
+from sidecar.brokers.kafka.member import MAX_BUFFERED_BYTES, Member, Place
 from sidecar.brokers.kafka.producer import KafkaPublisher
 from sidecar.brokers.kafka.source import KafkaSource
 from sidecar.brokers.kafka.threads import Threads
@@ -158,6 +158,7 @@ class KafkaBroker(Broker):
             broker=self.name,
             call=source.call,
             max_buffered=min(interest.max_in_flight, MAX_BUFFERED),
+            max_buffered_bytes=min(interest.max_in_flight_bytes, MAX_BUFFERED_BYTES),
             topics=topics,
             matching=partial(self._topics.matching, interest.topic) if pattern else None,
             matching_seconds=self._settings.new_topics_seconds,
@@ -183,7 +184,9 @@ class KafkaBroker(Broker):
                 "fetch.message.max.bytes": max(1024 * 1024, largest),
                 "fetch.max.bytes": max(8 * 1024 * 1024, largest),
                 "receive.message.max.bytes": max(16 * 1024 * 1024, 2 * largest),
-                "queued.max.messages.kbytes": max(FETCHED_KBYTES, largest // 1024),
+                "queued.max.messages.kbytes": max(
+                    min(FETCHED_KBYTES, interest.max_in_flight_bytes // 1024), largest // 1024
+                ),
                 "queued.min.messages": 2 * MAX_BUFFERED,
                 # How long a fetch waits for the first event, and others for it: new partitions.
                 "fetch.wait.max.ms": 100,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sidecar.brokers.kafka.topics import Topics
 
 CALL_SECONDS = 5.0
+AGAIN_SECONDS = 0.1
 READ_SECONDS = 10.0
 """Nothing came for so long, though there is something: the cluster is away."""
 PAGE_BYTES = 8 * 1024 * 1024
@@ -65,14 +66,22 @@ class Browser:
     def _offsets(
         self, partitions: Sequence[tuple[str, int]], which: OffsetSpec
     ) -> Mapping[tuple[str, int], int]:
-        asked = self._topics.admin.list_offsets(
-            {Partition(topic, number): which for topic, number in partitions},
-            request_timeout=CALL_SECONDS,
-        )
-        return {
-            (partition.topic, partition.partition): self._result(future, partition.topic).offset
-            for partition, future in asked.items()
-        }
+        """A leader may have just been chosen, as for a topic that is new: then once more."""
+        deadline = time.monotonic() + CALL_SECONDS
+        while True:
+            asked = self._topics.admin.list_offsets(
+                {Partition(topic, number): which for topic, number in partitions},
+                request_timeout=CALL_SECONDS,
+            )
+            try:
+                return {
+                    (one.topic, one.partition): self._result(future, one.topic).offset
+                    for one, future in asked.items()
+                }
+            except BrokerUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(AGAIN_SECONDS)  # noqa: TID251 - in a thread
 
     def _ids(self, topics: Sequence[str]) -> Mapping[str, str]:
         """What tells a topic from a later one of its name."""

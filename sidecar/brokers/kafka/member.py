@@ -146,6 +146,7 @@ class Member:
         broker: str,
         call: Callable[..., None],
         max_buffered: int,
+        max_buffered_bytes: int,
         topics: Sequence[str],
         matching: Callable[[], Mapping[str, Sequence[int]]] | None,
         matching_seconds: float,
@@ -160,6 +161,7 @@ class Member:
         self._owner = owner
         self._call = call
         self._max_buffered = max_buffered
+        self._max_buffered_bytes = max_buffered_bytes
         self._topics = list(topics)
         self._matching = matching
         self._matching_seconds = matching_seconds
@@ -284,7 +286,7 @@ class Member:
             self._do_commits()
             self._do_pauses()
             buffered, size = self._buffered(), self._buffered_bytes()
-            full = buffered >= self._max_buffered or size >= MAX_BUFFERED_BYTES
+            full = buffered >= self._max_buffered or size >= self._max_buffered_bytes
             half = max(1, self._max_buffered // 2)
             if not self._paused and (self._resting or full):
                 # Short: only wait, or librdkafka would throw away what it fetched ahead.
@@ -298,7 +300,7 @@ class Member:
                 self._paused
                 and not self._resting
                 and buffered < half
-                and size < MAX_BUFFERED_BYTES // 2
+                and size < max(1, self._max_buffered_bytes // 2)
             ):
                 self.consumer.resume(self._resumable())
                 self._paused, full_since = False, 0.0

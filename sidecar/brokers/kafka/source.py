@@ -69,6 +69,9 @@ class KafkaSource(Source):
         """*use_classic*: asked whether the old group protocol is to be used from now on."""
         self._broker = broker
         self._interest = interest
+        self._max_bytes = interest.max_in_flight_bytes
+        self._room = 0
+        """Bytes that the fetch that is under way may still return."""
         self._connected = connected
         self._look_up_lag = lag
         self._use_classic = use_classic
@@ -137,6 +140,7 @@ class KafkaSource(Source):
 
     def _take(self, limit: int) -> list[Incoming]:
         taken: list[Incoming] = []
+        self._room = self._max_bytes
         if self._again:
             self._take_again(taken, limit)
         assigned = self._assigned
@@ -154,7 +158,10 @@ class KafkaSource(Source):
     def _take_again(self, taken: list[Incoming], limit: int) -> None:
         for partition in self._again:
             while partition.again and len(taken) < limit and not partition.leaving:
+                if self._room <= 0:
+                    break
                 message = partition.again.popleft()
+                self._room -= len(message)
                 offset = message.offset()
                 failures = partition.positions.fetched(offset)
                 if failures is not None:
@@ -163,12 +170,14 @@ class KafkaSource(Source):
 
     def _take_from(self, partition: Assigned, taken: list[Incoming], limit: int) -> None:
         buffer, positions = partition.buffer, partition.positions
-        while buffer and len(taken) < limit and not partition.leaving:
+        while buffer and len(taken) < limit and self._room > 0 and not partition.leaving:
             if positions.too_wide:
                 self._set_paused(partition, paused=True)
                 return
             message = buffer.popleft()
-            partition.bytes_out += len(message)
+            size = len(message)
+            partition.bytes_out += size
+            self._room -= size
             offset = message.offset()
             failures = positions.fetched(offset)
             if failures is not None:
@@ -247,6 +256,16 @@ class KafkaSource(Source):
 
     async def lag(self) -> int | None:
         return sum((await self.lag_by_partition()).values())
+
+    async def due(self) -> int | None:
+        """Of the partitions that are ours, and that are not held up by what is not acked."""
+        lag = await self.lag_by_partition()
+        ours = {
+            place
+            for place, one in self._assigned.items()
+            if not (one.leaving or one.paused or one.positions.too_wide)
+        }
+        return sum(events for place, events in lag.items() if place in ours)
 
     async def lag_by_partition(self) -> Mapping[tuple[str, int], int]:
         if not self._connected():
