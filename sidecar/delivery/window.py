@@ -408,9 +408,7 @@ class Window:
     def _leave_state(self, held: Held) -> None:
         """Out of whatever it was in, but for `_ready`: who is ready leaves by take or give_back."""
         if held is self._suspect:
-            self._suspect = self._suspects.popleft() if self._suspects else None
-            if self._suspect is not None:
-                self._ready.append(self._suspect)
+            self._next_suspect()
         if held.state is State.OUT:
             del self._out[held.token]
             held.consumer = None
@@ -419,6 +417,15 @@ class Window:
         elif held.state is State.LEAVING:
             self.leaving -= 1
         self._timers.stop(held)
+
+    def _next_suspect(self) -> None:
+        """Another one may be handed over; those that were given back meanwhile are passed over."""
+        self._suspect = None
+        while self._suspects and self._suspect is None:
+            suspect = self._suspects.popleft()
+            if self.holds(suspect):
+                self._suspect = suspect
+                self._ready.append(suspect)
 
     def _wait(self, held: Held, at: float) -> None:
         held.state = State.RETRY

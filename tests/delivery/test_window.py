@@ -24,9 +24,9 @@ def window(*, max_in_flight: int = 256, ordered: bool = True) -> Window:
     return Window(ordered=ordered, max_in_flight=max_in_flight, token_prefix=PREFIX)
 
 
-def incoming(sequence: int, key: str = "", *, attempts: int = 0) -> Incoming:
+def incoming(sequence: int, key: str = "", *, attempts: int = 0, crashes: int = 0) -> Incoming:
     event = Event(id=str(sequence), source="/shop", type="order.created", time_ns=1, key=key)
-    return Incoming("orders", sequence, sequence, event, failures=Failures(attempts))
+    return Incoming("orders", sequence, sequence, event, failures=Failures(attempts, crashes))
 
 
 def garbage(sequence: int) -> Incoming:
@@ -526,3 +526,31 @@ def test_whatever_arrives_is_handed_over_once(kinds: list[str], limit: int) -> N
     assert sorted(seen) == list(range(len(kinds)))
     assert lanes.next_time() is None
     assert inside(lanes) == EMPTY
+
+
+# -- suspects
+
+
+@pytest.mark.parametrize("how", ["give_back", "revoke"])
+def test_suspects_that_went_and_came_again_are_handed_over_all_the_same(how: str) -> None:
+    """Whichever of them was next: it is not waited for."""
+    lanes = Window(ordered=True, max_in_flight=10, token_prefix=PREFIX)
+    arrive(lanes, *[incoming(n, f"k{n}") for n in range(3)])
+    out = lanes.take(3, "app", 10.0)
+    for held in reversed(out):  # the last to arrive is the first suspect
+        lanes.crashed(held)
+        lanes.retry(held, 0.0)
+        lanes.due(0.0)
+    if how == "give_back":
+        lanes.give_back()
+    else:
+        lanes.revoke([0, 1, 2])
+    arrive(lanes, *[incoming(n, f"k{n}", attempts=1, crashes=1) for n in range(3)])
+    seen = []
+    for _ in range(3):
+        (held,) = lanes.take(3, "app", 20.0)
+        seen.append(held.incoming.identity)
+        lanes.done(held)
+
+    assert seen == [0, 1, 2]
+    assert lanes.suspects == 0

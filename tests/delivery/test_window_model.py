@@ -14,7 +14,7 @@ from sidecar.event import Event
 
 PREFIX = "billing.0a1b."
 KEYS = ("a", "a", "a", "b", "")
-VERDICTS = ("ack", "ack", "nack", "nack", "crash", "crash", "uncounted", "bury", "back")
+VERDICTS = ("ack", "ack", "nack", "crash", "crash", "crash", "uncounted", "bury", "back")
 CHANCE = st.integers(0, 3)
 
 
@@ -173,9 +173,23 @@ class Windows(RuleBasedStateMachine):
             if verdict == "crash":
                 self.window.crashed(held)
                 self.crashes[sequence] = self.crashes.get(sequence, 0) + 1
-            self.due[sequence] = self.now + 2
-            self.window.retry(held, self.now + 2, uncounted=verdict == "uncounted")
+            at = self.now + data.draw(st.sampled_from([0.0, 1.0, 2.0]))
+            self.due[sequence] = at
+            self.window.retry(held, at, uncounted=verdict == "uncounted")
             self.counted[sequence] -= verdict == "uncounted"
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def app_dies(self, data: st.DataObject) -> None:
+        """With all that it has in its hands; noticed in any order, and tried again at once."""
+        for sequence in data.draw(st.permutations(sorted(self.tokens))):
+            held = self.here[sequence]
+            self._token_is_over(sequence)
+            self.window.crashed(held)
+            self.crashes[sequence] = self.crashes.get(sequence, 0) + 1
+            self.due[sequence] = self.now
+            self.window.retry(held, self.now)
+        self.time_passes(0.0)
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data(), lease=st.integers(0, 4))
@@ -275,7 +289,10 @@ class Windows(RuleBasedStateMachine):
         """Everything is done in the end, and nothing stays behind."""
         if not hasattr(self, "window"):
             return
+        turns = 0
         while len(self.done) < len(self.keys):
+            turns += 1
+            assert turns < 1000, "it stands still"
             self.time_passes(5.0)
             while self.at_broker and self.window.room:
                 self.fetch(8)
@@ -339,5 +356,5 @@ def _lane(sequence: int, key: str, ordered: bool, distinct: bool) -> str | int: 
     return f"copies of {_id(sequence)}" if distinct else sequence
 
 
-Windows.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+Windows.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
 test_windows = Windows.TestCase
