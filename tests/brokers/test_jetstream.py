@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import nats
@@ -367,6 +368,66 @@ async def test_a_consumer_that_is_something_else_is_refused(nats_server: NatsSer
                 await broker.subscribe(Interest(name, topic, 10))
 
 
+MEGABYTE = 1_000_000
+
+
+@pytest.mark.parametrize("size", [1_000, 50_000, MEGABYTE])
+async def test_prefetch_is_bounded_in_bytes_but_for_one_event(
+    nats_server: NatsServer, size: int
+) -> None:
+    """All that is sent for one fetch, before the next, and what one fetch returns."""
+    bound, count = 2 * MEGABYTE, 10 * MEGABYTE // size
+    wanted = Interest("s", "orders.created", count, max_in_flight_bytes=bound)
+    async with broker_on(nats_server) as broker:
+        for first in range(0, count, 100):
+            numbered = range(first, min(first + 100, count))
+            await publish(
+                broker, "orders.created", [event(str(n), data=b"x" * size) for n in numbered]
+            )
+        source = await broker.subscribe(wanted)
+        taken: list[Incoming] = []
+        sent_at_once = 0
+        while len(taken) < count:
+            async with asyncio.timeout(10):
+                page = await source.fetch(count - len(taken))
+            taken += page
+            assert len(page) * size <= bound + size
+            if len(taken) < count // 2:
+                await until(partial(asked_for_no_more, nats_server, wanted))
+            info = await ask(nats_server, "CONSUMER.INFO.orders.s")
+            sent_at_once = max(sent_at_once, info["num_ack_pending"] - len(taken))
+
+    assert sent_at_once * size <= bound + size
+    assert ids(taken) == numbers(count)
+
+
+async def test_events_larger_than_the_bound_come_all_the_same(nats_server: NatsServer) -> None:
+    """In order with small ones, each alone."""
+    sizes = [10, MEGABYTE, MEGABYTE, 10, 10, 300_000, 10, MEGABYTE]
+    async with broker_on(nats_server) as broker:
+        for n, size in enumerate(sizes):
+            await publish(broker, "orders.created", [event(str(n), data=b"x" * size)])
+        wanted = Interest("s", "orders.created", 1000, max_in_flight_bytes=200_000)
+        source = await broker.subscribe(wanted)
+        taken = await take(source, len(sizes), ack=True)
+
+    assert ids(taken) == numbers(len(sizes))
+
+
+@pytest.mark.timeout(120)
+async def test_a_window_of_fifty_thousand_events_fills(nats_server: NatsServer) -> None:
+    """More than a connection takes at once: they are asked for in parts."""
+    count = 50_000
+    async with broker_on(nats_server) as broker:
+        for first in range(0, count, 1000):
+            batch = [event(str(n), data=b"x" * 1024) for n in range(first, first + 1000)]
+            await publish(broker, "orders.created", batch)
+        wanted = Interest("s", "orders.created", count, max_in_flight_bytes=10**9)
+        taken = await take(await broker.subscribe(wanted), count)
+
+    assert ids(taken) == numbers(count)
+
+
 @pytest.mark.parametrize("waiting", [True, False])
 @pytest.mark.parametrize("what", ["CONSUMER.DELETE.orders.{}", "STREAM.DELETE.orders"])
 async def test_a_source_whose_consumer_is_deleted_is_lost(
@@ -388,6 +449,10 @@ async def test_a_source_whose_consumer_is_deleted_is_lost(
 async def lost(source: Source) -> None:
     with pytest.raises(SourceLost, match="deleted or moved"):
         await source.fetch(10)
+
+
+async def asked_for_no_more(server: NatsServer, wanted: Interest) -> bool:
+    return not await asked_for(server, wanted)
 
 
 async def asked_for(server: NatsServer, wanted: Interest) -> bool:

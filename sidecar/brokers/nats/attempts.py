@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ SUBJECT = "$KV.sidecar-attempts"
 KEEP_SECONDS = 7 * 86400
 PAUSE_SECONDS = 0.5
 """Before what could not be written is written again."""
+UNDER_WAY = 1000
+"""Records that are written at once: an app that crashes with 100,000 events fails them all."""
 _SECOND = 1_000_000_000
 _MILLISECOND = 1_000_000
 _EXISTS = 10058
@@ -44,6 +47,11 @@ class Attempts:
         self._making = False
         self.waiting: dict[str, Failures] = {}
         """Recorded, and not known to be stored yet. Bounded by what subscriptions hold."""
+        # Ordered: a plain dict searches for its first key past all that were removed before it.
+        self._unwritten: OrderedDict[str, None] = OrderedDict()
+        """Keys of those that are to be written, in this order."""
+        self._under_way = 0
+        self._pausing = False
         self._then: dict[str, list[Callable[[], None]]] = {}
         connection.on_live.append(self._write_waiting)
 
@@ -56,7 +64,8 @@ class Attempts:
     def record(self, key: str, failures: Failures) -> None:
         """Write without waiting; the bucket is made anew if somebody deleted it."""
         self.waiting[key] = failures
-        self._write([key])
+        self._unwritten[key] = None
+        self._write()
 
     def when_stored(self, key: str, then: Callable[[], None]) -> None:
         """Call *then* once what was recorded of *key* is there for others; now if nothing waits."""
@@ -83,16 +92,19 @@ class Attempts:
                     await all_of_it.wait()
 
     def _write_waiting(self) -> None:
-        if self.waiting:
-            self._write(list(self.waiting))
+        """All of them, after what was under way may be lost."""
+        self._unwritten = OrderedDict.fromkeys(self.waiting)
+        self._write()
 
-    def _write(self, keys: Sequence[str]) -> None:
+    def _write(self) -> None:
         if self._made:
-            for key in keys:
+            while self._unwritten and self._under_way < UNDER_WAY and not self._pausing:
+                key, _ = self._unwritten.popitem(last=False)
                 failures = self.waiting[key]
+                self._under_way += 1
                 answered = partial(self._on_stored, key, failures)
                 self._ask(f"{SUBJECT}.{key}", _written(failures), answered)
-        elif not self._making:
+        elif self._unwritten and not self._making and not self._pausing:
             self._making = True
             self._ask(f"$JS.API.STREAM.CREATE.{STREAM}", _BUCKET, self._on_made)
 
@@ -107,7 +119,7 @@ class Attempts:
         error = answer.get("error", {})
         if error.get("err_code", 0) in {0, _EXISTS}:
             self._made = True
-            self._write_waiting()
+            self._write()
             return
         log.warning("attempts are counted in this process only: %s", error.get("description"))
         for key in list(self.waiting):
@@ -116,22 +128,32 @@ class Attempts:
     def _on_stored(
         self, key: str, failures: Failures, answer: dict[str, Any] | SidecarError
     ) -> None:
-        if isinstance(answer, SidecarError):
+        self._under_way -= 1
+        if self.waiting.get(key) is not failures:  # a later one is to be written
+            self._write()
+        elif isinstance(answer, SidecarError):
             self._made = False  # or somebody deleted it
+            self._unwritten[key] = None
             self._try_later()
-            return
-        if "error" in answer:
-            log.warning("failures of %s are not recorded: %s", key, answer["error"])
-        if self.waiting.get(key) is failures:  # else a later one is under way
+        else:
+            if "error" in answer:
+                log.warning("failures of %s are not recorded: %s", key, answer["error"])
             self._done(key)
+            self._write()
 
     def _try_later(self) -> None:
         """While it is not connected, on_live does it."""
-        if self._connection.live:
-            asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._write_waiting)
+        if self._connection.live and not self._pausing:
+            self._pausing = True
+            asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._go_on)
+
+    def _go_on(self) -> None:
+        self._pausing = False
+        self._write()
 
     def _done(self, key: str) -> None:
         del self.waiting[key]
+        self._unwritten.pop(key, None)
         for then in self._then.pop(key, ()):
             then()
 

@@ -1,4 +1,4 @@
-"""The feed of a JetStream subscription: pull consumers, asked for as much as there is room for."""
+"""The feed of a JetStream subscription: what its pull consumers send, and the answers to that."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sidecar.broker import NO_FAILURES, Failures, Incoming, Interest, Source
+from sidecar.brokers.nats.pulls import Asked, Pulls, Slot
 from sidecar.errors import (
     BrokerRefused,
     BrokerUnavailable,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PULL_SECONDS = 30
 HEARTBEAT_SECONDS = 5
 """The server says that a pull is alive this often; two missed ones and we ask again."""
 LOOK_PAUSE_SECONDS = 0.5
@@ -44,23 +44,26 @@ _NO_WAIT_SECONDS = 30
 _NOT_FOUND = 404
 _ADVISORY = "$JS.EVENT.ADVISORY"
 
+_TOO_LARGE = "Message Size Exceeds MaxBytes"
 _ACK, _NAK = b"+ACK", b"-NAK"
-_TAKEN = "t"
-"""Begins the last token of a reply subject by which a consumer says that it took our answers."""
+_TAKEN = "taken"
+"""In the reply subject by which a consumer says that it took our answers."""
 _TAKEN_SECONDS = 2.0
 """Not answered for so long, it is asked again."""
 _V1_TOKENS = 9
 """Tokens of `$JS.ACK.<stream>.<consumer>.…`; since v2 a domain and an account hash come first."""
 
 
+Frame = tuple[int, bytes, bytes, "bytes | None", bytes]
+"""An event: all its bytes; its topic, where to answer, its header block, its payload."""
 More = Callable[[Collection[str]], Awaitable[Sequence["Feed"]]]
 """Feeds of the streams that a subscription touches, other than the named ones."""
 
 
 class Feed:
-    """One consumer of one stream: what was asked of it, and what it still owes."""
+    """One consumer of one stream, and what was asked of it."""
 
-    __slots__ = ("ack_wait", "consumer", "created", "life", "owed", "stream", "subject")
+    __slots__ = ("ack_wait", "asked", "consumer", "created", "life", "stream", "subject")
 
     def __init__(self, stream: str, consumer: str, created: str, ack_wait: float) -> None:
         """*created* tells this consumer from a later one of its name; *ack_wait* is in seconds."""
@@ -71,7 +74,7 @@ class Feed:
         """The same as one token of a subject."""
         self.ack_wait = ack_wait
         self.subject = f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}"
-        self.owed = 0
+        self.asked = Asked([])
 
 
 class StreamSource(Source):
@@ -97,7 +100,11 @@ class StreamSource(Source):
         self._interest = interest
         self._feeds = list(feeds)
         self._more = more
-        self._buffer: deque[tuple[bytes, bytes, bytes | None, bytes]] = deque()
+        self._buffer: deque[Frame] = deque()
+        self._buffered_bytes = 0
+        self._pulls = Pulls(
+            interest.max_in_flight, interest.max_in_flight_bytes, lambda: connection.max_payload
+        )
         self._by_stream = {feed.stream.encode(): feed for feed in feeds}
         self._arrived = asyncio.Event()
         self._lost: SidecarError | None = None
@@ -111,7 +118,6 @@ class StreamSource(Source):
         self._life = 0
         """Which connection: what was taken from an old one says nothing of this."""
         self._last_heard = 0.0
-        self._generation = 0
         self._doubtful = True
         """Whether our consumers are still there, and all of them, is to be looked up."""
         self._inbox = connection.new_inbox()
@@ -121,10 +127,10 @@ class StreamSource(Source):
         """Raises BrokerUnavailable."""
         connection, name = self._connection, self._interest.name
         connection.on_live.append(self._on_live)
-        connection.on_lost.append(self._forget_pulls)
+        connection.on_lost.append(self._pulls.forget)
         connection.on_closed.append(self._on_closed)
         subjects: dict[str, OnMessage] = {
-            f"{self._inbox}.*": self._on_frame,
+            f"{self._inbox}.{_TAKEN}.*": self._on_taken,
             # Non-obvious: a pull says that its consumer was deleted, but only while one is open, and
             # handles of the old consumer mean other events to a new one of its name.
             f"{_ADVISORY}.CONSUMER.DELETED.*.{name}": self._on_consumer_deleted,
@@ -134,9 +140,21 @@ class StreamSource(Source):
         try:
             for subject, handler in subjects.items():
                 self._keys.append(await connection.subscribe(subject, handler))
+            for feed in self._feeds:
+                await self._attach(feed)
         except BaseException:
             await self.close()
             raise
+
+    async def _attach(self, feed: Feed) -> None:
+        """Raises BrokerUnavailable."""
+        asked = self._pulls.new()
+        for slot in asked.slots:
+            subject = f"{self._inbox}.{slot.number}.*"
+            handler = partial(self._on_frame, (feed, slot))
+            self._keys.append(await self._connection.subscribe(subject, handler))
+        feed.asked = asked
+        self._pulls.add(asked)
 
     @property
     def hold_seconds(self) -> float | None:
@@ -147,20 +165,33 @@ class StreamSource(Source):
     async def fetch(self, limit: int) -> Sequence[Incoming]:
         while True:
             await self._wait_for_events(limit)
-            count = min(limit, len(self._buffer))
-            taken = [self._buffer.popleft() for _ in range(count)]
-            if count < limit:
-                self._ask(limit - count)
-            incoming = [self._incoming(*frame) for frame in taken]
+            taken = self._take(limit)
+            if len(taken) < limit:
+                self._ask(limit - len(taken))
+            incoming = [
+                self._incoming(topic, reply, headers, data)
+                for _, topic, reply, headers, data in taken
+            ]
             if not any(one.failures.attempts for one in incoming):
                 return incoming
             try:
                 return await self._with_attempts(incoming)
             except BaseException as error:  # the next fetch has them
                 self._buffer.extendleft(reversed(taken))
+                self._buffered_bytes += sum(size for size, *_ in taken)
                 if not isinstance(error, BrokerUnavailable):
                     raise
             await self._arrival(LOOK_PAUSE_SECONDS)
+
+    def _take(self, limit: int) -> list[Frame]:
+        """From the buffer, no more bytes than the bound, but for one event."""
+        taken: list[Frame] = []
+        left = self._interest.max_in_flight_bytes
+        while self._buffer and len(taken) < limit and left > 0:
+            taken.append(self._buffer.popleft())
+            left -= taken[-1][0]
+        self._buffered_bytes -= self._interest.max_in_flight_bytes - left
+        return taken
 
     async def _wait_for_events(self, limit: int) -> None:
         """Return when the buffer has some. Raises why there will be none."""
@@ -214,73 +245,68 @@ class StreamSource(Source):
         return True
 
     def _ask(self, room: int) -> None:
-        """
-        Ask for what there is room for, in few requests: a quarter of the window at a time.
-
-        Every stream is owed one at least, so that none starves behind a busy neighbour: of n
-        streams, n - 1 events may come above the room.
-        """
-        if not self._connection.live or not self._feeds:
+        """Ask for what there is room for, so many events at most."""
+        if not self._connection.live:
             return
-        room = max(0, room - len(self._buffer) - sum(feed.owed for feed in self._feeds))
-        quarter = max(1, self._interest.max_in_flight // 4)
-        share, rest = divmod(room, len(self._feeds))
+        room -= len(self._buffer) + self._pulls.owed
+        now = asyncio.get_running_loop().time()
         frames = []
-        for index, feed in enumerate(self._feeds):
-            batch = max(share + (index < rest), 1 if not feed.owed else 0)
-            if batch <= 0 or (feed.owed and batch < quarter):
-                continue
-            feed.owed += batch
-            body = json.dumps(
-                {
-                    "batch": batch,
-                    "expires": PULL_SECONDS * 1_000_000_000,
-                    "idle_heartbeat": HEARTBEAT_SECONDS * 1_000_000_000,
-                }
-            )
-            reply = f"{self._inbox}.{self._generation}-{index}"
+        for pull in self._pulls.wanted(room, self._buffered_bytes, now):
+            request = {
+                "batch": pull.events,
+                "expires": pull.seconds * 1_000_000_000,
+                # The server takes half the time of the request at most.
+                "idle_heartbeat": min(HEARTBEAT_SECONDS, pull.seconds // 2) * 1_000_000_000,
+            }
+            if pull.max_bytes:
+                request["max_bytes"] = pull.max_bytes
+            body = json.dumps(request)
+            (feed,) = (feed for feed in self._feeds if feed.asked is pull.asked)
+            reply = f"{self._inbox}.{pull.slot.number}.{pull.slot.serial}"
             frames.append(f"PUB {feed.subject} {reply} {len(body)}\r\n{body}\r\n")
         if frames:
             self._connection.write("".join(frames).encode())
 
-    def _on_frame(self, subject: bytes, reply: bytes, headers: bytes | None, data: bytes) -> None:
+    def _on_frame(
+        self,
+        pulled: tuple[Feed, Slot],
+        subject: bytes,
+        reply: bytes,
+        headers: bytes | None,
+        data: bytes,
+    ) -> None:
+        feed, slot = pulled
         if reply.startswith(b"$JS.ACK."):
-            self._buffer.append((subject, reply, headers, data))
-            tokens = reply.split(b".", 5)
-            feed = self._by_stream.get(tokens[2]) or self._by_stream.get(tokens[4])
-            if feed is not None and feed.owed:
-                feed.owed -= 1
+            # As the server counts them.
+            size = len(subject) + len(reply) + len(data) + (len(headers) if headers else 0)
+            self._buffer.append((size, subject, reply, headers, data))
+            self._buffered_bytes += size
+            if feed.asked.careful and not _again(reply):  # the others are delivered first
+                feed.asked.careful = False
+            self._pulls.arrived(slot, size)
             self._arrived.set()
             return
-        token = subject.rpartition(b".")[2]
-        if token.startswith(_TAKEN.encode()):
-            self._on_taken(token)
-            return
         self._last_heard = asyncio.get_running_loop().time()
-        if headers is not None:
-            self._on_status(token, headers)
+        if headers is not None and int(subject.rpartition(b".")[2]) == slot.serial:
+            self._on_status(feed, slot, headers)
 
-    def _on_status(self, token: bytes, headers: bytes) -> None:
+    def _on_status(self, feed: Feed, slot: Slot, headers: bytes) -> None:
         """A pull ended: it expired, or its consumer did something. "100" only says it lives."""
         status = headers[9:12]
         if status == b"100":
             return
-        generation, _, index = token.partition(b"-")
-        if int(generation) != self._generation:  # of a pull that we gave up
-            return
-        feed = self._feeds[int(index)]
-        left = _pending_messages(headers)
-        if left is not None:
-            feed.owed = max(0, feed.owed - left)
+        why = headers[13 : headers.find(b"\r")].decode(errors="replace")
+        if b"\r\nnats-pending-messages:" in headers.lower():
+            self._pulls.ended(feed.asked, slot, too_large=why == _TOO_LARGE)
             self._arrived.set()
         elif status == b"503":  # it has no leader right now, or is gone
             asyncio.get_running_loop().call_later(LOOK_PAUSE_SECONDS, self._doubt)
-        else:
-            feed.owed = 0
-            self._pulls_ended(headers[13 : headers.find(b"\r")].decode(errors="replace"))
+        else:  # the consumer ended all of its pulls, or never took this one
+            self._pulls.end_all(feed.asked)
+            self._pulls_ended(why)
 
     def _doubt(self) -> None:
-        self._forget_pulls()
+        self._pulls.forget()
         self._doubtful = True
         self._arrived.set()
 
@@ -333,6 +359,7 @@ class StreamSource(Source):
                     return
             if self._more is not None:
                 for feed in await self._more({feed.stream for feed in self._feeds}):
+                    await self._attach(feed)
                     self._feeds.append(feed)
                     self._by_stream[feed.stream.encode()] = feed
         except BrokerUnavailable:
@@ -346,11 +373,6 @@ class StreamSource(Source):
     async def _info(self, feed: Feed) -> dict[str, Any]:
         subject = f"$JS.API.CONSUMER.INFO.{feed.stream}.{feed.consumer}"
         return await self._connection.call(subject, seconds=2)
-
-    def _forget_pulls(self) -> None:
-        self._generation += 1
-        for feed in self._feeds:
-            feed.owed = 0
 
     def _on_live(self) -> None:
         unsent = [*self._unread, *self._unsent]
@@ -413,6 +435,8 @@ class StreamSource(Source):
 
     def release(self, handles: Sequence[Hashable]) -> None:
         now = list(handles)
+        for feed in self._feeds:
+            feed.asked.careful = True
         if self._attempts.waiting:
             # Whoever gets an event next is to see how often it failed.
             keys = {handle: self._key_of(_place_of(handle)) for handle in handles}
@@ -429,7 +453,7 @@ class StreamSource(Source):
     def hold(self, handles: Sequence[Hashable]) -> None:
         if self._connection.live:
             # What nobody fetched yet would be handed to others as well.
-            self._answer([*handles, *(frame[1] for frame in self._buffer)], b"+WPI")
+            self._answer([*handles, *(frame[2] for frame in self._buffer)], b"+WPI")
 
     def _answer(self, handles: Sequence[Hashable], verb: bytes) -> None:
         # Handles are the reply subjects that came with the events.
@@ -444,7 +468,7 @@ class StreamSource(Source):
             # Non-obvious: a consumer takes its answers one after the other, so its reply to the
             # last one says that it took them all. A PONG would only say that they were read.
             count = self._taken + len(self._unread) + 1
-            reply = f"{self._inbox}.{_TAKEN}{self._life}-{count}".encode()
+            reply = f"{self._inbox}.{_TAKEN}.{self._life}-{count}".encode()
             self._asked_at = now
             frames[-1] = b"PUB %b %b 4\r\n%b\r\n" % (handles[-1], reply, verb)  # type: ignore[str-format]
         if not self._connection.write(b"".join(frames)):
@@ -456,9 +480,12 @@ class StreamSource(Source):
             # one who has it by then.
             self._unread.append(plain if verb == _ACK else b"")
 
-    def _on_taken(self, token: bytes) -> None:
+    def _on_taken(
+        self, subject: bytes, _reply: bytes, _headers: bytes | None, _data: bytes
+    ) -> None:
         """The consumer took the first answers of `_unread`; they need not be written again."""
-        life, _, count = token.removeprefix(_TAKEN.encode()).partition(b"-")
+        self._last_heard = asyncio.get_running_loop().time()
+        life, _, count = subject.rpartition(b".")[2].partition(b"-")
         newly = int(count) - self._taken
         if int(life) == self._life and newly > 0:
             del self._unread[:newly]
@@ -477,12 +504,14 @@ class StreamSource(Source):
     async def stop(self, give_back: Sequence[Hashable]) -> None:
         keys, self._keys = self._keys, []
         if keys:
-            # The first is the inbox. What the server sends until it knows is still buffered.
-            await self._connection.unsubscribe(keys[0], seconds=_CLOSE_SECONDS)
-            for key in keys[1:]:
-                await self._connection.unsubscribe(key, seconds=0)
-        left = [*give_back, *(frame[1] for frame in self._buffer)]
+            # What the server sends until it knows is still buffered.
+            async with asyncio.TaskGroup() as tasks:
+                for key in keys:
+                    unsubscribed = self._connection.unsubscribe(key, seconds=_CLOSE_SECONDS)
+                    tasks.create_task(unsubscribed)
+        left = [*give_back, *(frame[2] for frame in self._buffer)]
         self._buffer.clear()
+        self._buffered_bytes = 0
         try:
             if left:
                 await self._end_pulls(left[0])
@@ -506,7 +535,7 @@ class StreamSource(Source):
         connection = self._connection
         if self._on_live in connection.on_live:
             connection.on_live.remove(self._on_live)
-            connection.on_lost.remove(self._forget_pulls)
+            connection.on_lost.remove(self._pulls.forget)
             connection.on_closed.remove(self._on_closed)
         self._lose("closed")
         await self.stop(())
@@ -522,16 +551,10 @@ def _place_of(handle: Hashable) -> tuple[str, int]:
     return tokens[first].decode(), int(tokens[first + 3])
 
 
-def _pending_messages(headers: bytes) -> int | None:
-    """
-    How many events of an ended pull will not come, from its status headers.
-
-    None: it does not say. Then the consumer ended all of its pulls, or never took this one.
-    """
-    for line in headers.split(b"\r\n"):
-        if line.lower().startswith(b"nats-pending-messages:"):
-            return int(line.partition(b":")[2])
-    return None
+def _again(handle: bytes) -> bool:
+    """Whether it was delivered before."""
+    tokens = handle.split(b".")
+    return tokens[4 if len(tokens) == _V1_TOKENS else 6] != b"1"
 
 
 def _delivered(times: int) -> Failures:
