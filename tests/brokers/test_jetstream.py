@@ -704,6 +704,65 @@ async def test_a_position_names_its_stream_when_there_are_several(
     ]
 
 
+# -- what is stored
+
+
+async def test_a_stream_without_direct_access_is_read_one_by_one(nats_server: NatsServer) -> None:
+    stream = {"name": "old", "subjects": ["old.>"], "allow_direct": False}
+    await ask(nats_server, "STREAM.CREATE.old", stream)
+    sent = [event(str(n), data=b"x" * (n + 1), headers={"a": "b"}) for n in range(10)]
+    async with broker_on(nats_server) as broker:
+        await publish(broker, "old.a", sent)
+        await publish(broker, "old.b", [event("other")])
+        (log,) = await broker.logs("old.a")
+        first = await broker.read(log, 0, 4)
+        rest = await broker.read(log, first[-1].number + 1, 100)
+
+    assert [one.event for one in (*first, *rest)] == sent
+    assert len(first) == 4
+
+
+async def test_a_stream_that_denies_deletes_says_so(nats_server: NatsServer) -> None:
+    stream = {"name": "kept", "subjects": ["kept.>"], "deny_delete": True}
+    await ask(nats_server, "STREAM.CREATE.kept", stream)
+    async with broker_on(nats_server) as broker:
+        await publish(broker, "kept.a", events(range(2)))
+        (log,) = await broker.logs("kept.a")
+        with pytest.raises(BrokerRefused, match=r"cannot be deleted.*delete not permitted"):
+            await broker.delete(log, [1])
+
+        assert len(await broker.read(log, 0, 10)) == 2
+
+
+async def test_events_of_others_are_read_as_they_are_delivered(nats_server: NatsServer) -> None:
+    """Their id, source and time are made up the same way; a header of theirs that looks like the server's is not believed."""
+    async with broker_on(nats_server) as broker:
+        source = await broker.subscribe(interest("orders.created"))
+        client = await nats.connect(nats_server.url)
+        await client.publish("orders.created", b"bare")
+        lies = {"Nats-Subject": "orders.elsewhere", "Nats-Stream": "none", "a": "b"}
+        await client.publish("orders.created", b"headers", headers=lies)
+        await client.close()
+        taken = await take(source, 2)
+        (log,) = await broker.logs("orders.created")
+        stored = await broker.read(log, 0, 10)
+
+    assert [one.event for one in stored] == [incoming.event for incoming in taken]
+    assert [(one.topic, one.number) for one in stored] == [
+        (incoming.topic, incoming.position and incoming.position.sequence) for incoming in taken
+    ]
+
+
+async def test_what_nats_keeps_for_others_is_not_read(nats_server: NatsServer) -> None:
+    bucket = {"name": "KV_theirs", "subjects": ["$KV.theirs.>"], "max_msgs_per_subject": 1}
+    await ask(nats_server, "STREAM.CREATE.KV_theirs", bucket)
+    async with broker_on(nats_server) as broker:
+        await publish(broker, "orders.created", [event()])
+        found = await broker.logs(">")
+
+    assert [log.stream for log in found] == ["orders"]
+
+
 @pytest.mark.parametrize("mode", ["binary", "structured"])
 async def test_either_content_mode_comes_out_as_it_went_in(
     nats_server: NatsServer, mode: str

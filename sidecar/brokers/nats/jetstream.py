@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sidecar.broker import Broker, Capabilities, Interest, Source, Start
+from sidecar.broker import Broker, Capabilities, Interest, Log, Source, Start, StoredEvent
 from sidecar.brokers.nats.attempts import Attempts
 from sidecar.brokers.nats.connection import Connection
 from sidecar.brokers.nats.publisher import ANSWER_SECONDS, StreamPublisher
 from sidecar.brokers.nats.source import Feed, StreamSource
+from sidecar.brokers.nats.stored import StoredEvents
 from sidecar.errors import (
     BrokerRefused,
     BrokerUnavailable,
@@ -50,6 +51,8 @@ class JetStreamBroker(Broker):
         lag=True,
         dead_letters=True,
         deals=True,
+        browses=True,
+        deletes=True,
     )
 
     def __init__(
@@ -65,6 +68,7 @@ class JetStreamBroker(Broker):
         self._connection = Connection(settings, client_name=client_name, embedded=embedded)
         self._connection.on_state = lambda state: self.on_state(state)  # noqa: PLW0108 - set later
         self._attempts = Attempts(self._connection)
+        self._stored = StoredEvents(name, self._connection)
         self._publisher = StreamPublisher(
             name,
             self._connection,
@@ -320,6 +324,19 @@ class JetStreamBroker(Broker):
         raise BrokerUnavailable(
             f"subscription {interest.name!r} could not be moved: others keep making it anew"
         )
+
+    # -- what is stored
+
+    async def logs(self, pattern: str) -> Sequence[Log]:
+        streams = await self._matching_streams(pattern)
+        found = [await self._stored.log(stream, pattern) for stream in streams]
+        return [log for log in found if log is not None]
+
+    async def read(self, log: Log, start: int, limit: int) -> Sequence[StoredEvent]:
+        return await self._stored.read(log, start, limit)
+
+    async def delete(self, log: Log, numbers: Sequence[int]) -> None:
+        await self._stored.delete(log, numbers)
 
     async def _call(self, path: str, payload: object = None) -> dict[str, Any]:
         return await self._connection.call(f"$JS.API.{path}", payload)

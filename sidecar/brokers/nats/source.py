@@ -15,16 +15,14 @@ import msgspec
 
 from sidecar.broker import NO_FAILURES, Failures, Incoming, Interest, Source
 from sidecar.brokers.nats.pulls import Asked, Pulls, Slot
+from sidecar.brokers.nats.stored import event_of
 from sidecar.errors import (
     BrokerRefused,
     BrokerUnavailable,
-    InvalidEvent,
     SidecarError,
     SourceLost,
 )
 from sidecar.event import Position
-from sidecar.wire import nats as binding
-from sidecar.wire.cloudevents import Defaults
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -394,21 +392,12 @@ class StreamSource(Source):
         stream = tokens[first].decode()
         sequence = int(tokens[first + 3])
         topic = subject.decode(errors="replace")
-        event, problem = None, ""
-        defaults = Defaults(
-            source=f"/{stream}",
-            type=topic,
-            id=f"{stream}-{sequence}",
-            time_ns=int(tokens[first + 5]),
-        )
-        try:
-            event = binding.decode(headers, data, defaults)
-        except InvalidEvent as error:
-            problem = error.message
+        place, time_ns = (stream, sequence), int(tokens[first + 5])
+        event, problem = event_of(place, topic, time_ns, headers, data)
         return Incoming(
             topic=topic,
             handle=reply,
-            identity=(stream, sequence),
+            identity=place,
             event=event,
             position=Position(stream, sequence),
             failures=_delivered(int(tokens[first + 2]) - 1),
