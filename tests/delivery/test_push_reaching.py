@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections import Counter
 from contextlib import asynccontextmanager
@@ -70,6 +71,10 @@ class Connection:
 
     async def answer(self) -> None:
         await self._loop.sock_sendall(self._accepted, GOOD)
+
+    async def say(self, answer: bytes) -> None:
+        with contextlib.suppress(ConnectionError):  # of what is too long the end is not read
+            await self._loop.sock_sendall(self._accepted, answer)
 
     async def good(self) -> None:
         """Answer all that comes."""
@@ -285,6 +290,57 @@ async def test_a_full_queue_of_a_unix_socket_costs_nothing_and_is_waited_for(
     assert set(sidecar.heard.pushes) <= {"ack", "unreachable"}
     if anyio_backend[1]["use_uvloop"]:  # asyncio's own loop takes it for connected
         assert sidecar.heard.pushes == {"ack": 1}
+
+
+# -- odd answers
+
+LONG = b"x" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.0 200 OK\r\n\r\nall of it",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nnot all",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n" + LONG,
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n",
+    ],
+    ids=["until the end", "cut off", "long", "chunked", "after 100", "after 103"],
+)
+async def test_the_status_counts_whatever_becomes_of_the_body(answer: bytes) -> None:
+    async def serve(connection: Connection) -> None:
+        await connection.request()
+        await connection.say(answer)
+
+    async with serving(serve) as url, running() as sidecar:
+        push(sidecar, url)
+        await sidecar.publish("orders.new", event("1"))
+        await until(lambda: sidecar.heard.pushes.total() == 1)
+
+    assert sidecar.heard.pushes == {"ack": 1}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"SSH-2.0\r\n", b"HTTP/1.1 200 OK\r\nx: " + LONG, b"HTTP/1.1 200 OK\r\nx"],
+    ids=["another protocol", "a head without end", "half a head"],
+)
+async def test_what_is_no_answer_counts_as_a_crash(answer: bytes) -> None:
+    """It is the app's, and bounded: an event that makes it answer so is a dead letter in the end."""
+
+    async def serve(connection: Connection) -> None:
+        await connection.request()
+        await connection.say(answer)
+
+    async with serving(serve) as url, running() as sidecar:
+        push(sidecar, url, retry={"max_attempts": 9, **AT_ONCE})
+        await sidecar.publish("orders.new", event("1"))
+        await until(lambda: bool(sidecar.heard.dead))
+
+    assert [fact.reason for fact in sidecar.heard.dead] == ["app_crash"]
+    assert sidecar.heard.pushes == {"broken": 3}
 
 
 # -- while it is tried whether the app is back

@@ -33,8 +33,8 @@ FULL_SECONDS = 0.02
 _UNREAD = frozenset({errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN})
 """How a connection ends that has bytes nobody read, had ended before, or was none (a full queue)."""
 MAX_HEAD_BYTES = 64 * 1024
-MAX_BODY_BYTES = 16 * 1024 * 1024
-"""An answer's body is read, so that the connection can be used again, but not without end."""
+MAX_BODY_BYTES = 64 * 1024
+"""An answer's body is read, so that the connection can be used again; of a larger one it is closed."""
 _INFORMATIONAL = 200
 
 
@@ -258,20 +258,25 @@ class _Connection(asyncio.Protocol):
             self.abort()
             return
         self.answers = True
-        self._head_bytes += 0 if self._head_complete else len(data)
         try:
-            if self._head_bytes > MAX_HEAD_BYTES or self._body_bytes > MAX_BODY_BYTES:
-                raise httptools.HttpParserError("too large")  # noqa: TRY301 - as any other answer
             self._parser.feed_data(data)
+            if not self._head_complete:
+                self._head_bytes += len(data)
+                if self._head_bytes > MAX_HEAD_BYTES:
+                    raise httptools.HttpParserError("too large")  # noqa: TRY301 - as any other
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._break(f"the answer is not HTTP: {error}")
             self.abort()
+        if self._body_bytes > MAX_BODY_BYTES:
+            self._reusable = False
+            self._done()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True
         self._gone(self)
-        if self._head_complete and self._waiting is not None and not self._reusable:
-            self._done()  # a body that ends with the connection
+        if self._head_complete and self._waiting is not None:
+            self._reusable = False
+            self._done()  # the status was said, whatever was to follow
         if error is None:
             self._break("the connection ended before the answer")
         else:
