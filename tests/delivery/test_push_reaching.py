@@ -292,6 +292,23 @@ async def test_a_full_queue_of_a_unix_socket_costs_nothing_and_is_waited_for(
         assert sidecar.heard.pushes == {"ack": 1}
 
 
+async def test_why_an_address_or_a_certificate_does_not_do_is_told() -> None:
+    async def serve(connection: Connection) -> None:
+        await connection.say(b"HTTP/1.1 400 this is no TLS\r\n\r\n")
+
+    said = []
+    async with serving(serve) as plain:
+        for url in ("http://nosuch.invalid/", plain.replace("http:", "https:")):
+            async with running() as sidecar:
+                pusher = push(sidecar, url)
+                await sidecar.publish("orders.new", event("1"))
+                await until(lambda pusher=pusher: pusher.circuit.state is State.OPEN)  # type: ignore[misc]
+                said.append(pusher.circuit.detail)
+
+    assert "name" in said[0].lower()
+    assert "SSL" in said[1]
+
+
 # -- odd answers
 
 LONG = b"x" * 1_000_000

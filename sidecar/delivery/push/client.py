@@ -12,6 +12,7 @@ import asyncio
 import errno
 import os
 import select
+import socket
 import ssl
 from collections import deque
 from typing import TYPE_CHECKING, cast
@@ -156,9 +157,11 @@ class Client:
         except TimeoutError:
             raise Unreachable(f"no connection within {loop.time() - began:.1f} s") from None
         except OSError as error:
-            # A look-up that fails has numbers of its own, which are negative.
-            number = error.errno or 0
-            reason = os.strerror(number) if number > 0 else error.strerror or str(error)
+            number = error.errno
+            if number is None or isinstance(error, socket.gaierror | ssl.SSLError):
+                reason = error.strerror or str(error)  # their numbers are no system errors
+            else:
+                reason = os.strerror(number)
             raise Unreachable(reason) from error
 
     async def _open(self) -> _Connection:
