@@ -292,6 +292,19 @@ async def test_a_full_queue_of_a_unix_socket_costs_nothing_and_is_waited_for(
         assert sidecar.heard.pushes == {"ack": 1}
 
 
+async def test_what_never_became_a_connection_is_not_kept() -> None:
+    """An app may be down for days, and is probed every few seconds."""
+    async with serving(Connection.some) as ending:
+        refused = client.Client("", "http://127.0.0.1:1/", connect_seconds=1)
+        missing = client.Client("/no/such.sock", "http://app/", connect_seconds=1)
+        ending_tls = client.Client("", ending.replace("http:", "https:"), connect_seconds=1)
+        problems = [await one.probe() for one in (refused, missing, ending_tls) for _ in range(3)]
+        kept = [one.connections for one in (refused, missing, ending_tls)]
+
+    assert all(problems)
+    assert kept == [0, 0, 0]
+
+
 async def test_why_an_address_or_a_certificate_does_not_do_is_told() -> None:
     async def serve(connection: Connection) -> None:
         await connection.say(b"HTTP/1.1 400 this is no TLS\r\n\r\n")

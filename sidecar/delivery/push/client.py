@@ -2,8 +2,8 @@
 POST over kept connections, and exactly what became of each: a small HTTP/1.1 client.
 
 Of an answer that did not come it has to be known whether the app had read the request: that is
-what tells an app that is down, or was just going, from one that crashed with an event in its hands. It also costs a fifth
-of what aiohttp's client does for a request (see tests/benchmarks/README.md).
+what tells an app that is down, or was just going, from one that crashed with an event in its hands.
+It also costs a fifth of what aiohttp's client does for a request (see tests/benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import httptools
 from sidecar.delivery.push.answers import MAX_TEXT, Answer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 IDLE_SECONDS = 1.0
 """A connection that lay idle for longer may be closed by the app just as we write to it."""
@@ -159,7 +159,8 @@ class Client:
         except OSError as error:
             number = error.errno
             if number is None or isinstance(error, socket.gaierror | ssl.SSLError):
-                reason = error.strerror or str(error)  # their numbers are no system errors
+                # Their numbers are no system errors; an end in the midst of TLS has no word at all.
+                reason = error.strerror or str(error) or "the connection ended at once"
             else:
                 reason = os.strerror(number)
             raise Unreachable(reason) from error
@@ -179,9 +180,7 @@ class Client:
                 return made
 
     def _new(self) -> _Connection:
-        connection = _Connection(self._all.discard)
-        self._all.add(connection)
-        return connection
+        return _Connection(self._all)
 
     def close(self) -> None:
         """End all connections, whatever is under way on them."""
@@ -193,8 +192,9 @@ class Client:
 class _Connection(asyncio.Protocol):
     """One connection; the parser calls its on_… methods."""
 
-    def __init__(self, gone: Callable[[_Connection], None]) -> None:
-        self._gone = gone
+    def __init__(self, alive: set[_Connection]) -> None:
+        """*alive*: where it is, while it is one; uvloop also makes those that never get so far."""
+        self._alive = alive
         self._transport: asyncio.Transport | None = None
         self._waiting: asyncio.Future[Answer] | None = None
         self._poll = select.poll()
@@ -252,6 +252,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass
+        self._alive.add(self)
         self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
         here, there = (transport.get_extra_info(name) for name in ("sockname", "peername"))
         self._same_host = not isinstance(there, tuple) or here[0] == there[0]
@@ -276,7 +277,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True
-        self._gone(self)
+        self._alive.discard(self)
         if self._head_complete and self._waiting is not None:
             self._reusable = False
             self._done()  # the status was said, whatever was to follow
