@@ -85,6 +85,13 @@ async def all_acked(sidecar: SidecarProcess, count: int) -> None:
     await until(acked, seconds=40)
 
 
+async def until_open(sidecar: SidecarProcess) -> None:
+    async def is_open() -> bool:
+        return (await push_status(sidecar)).circuit == admin.CIRCUIT_STATE_OPEN
+
+    await until(is_open)
+
+
 async def test_each_class_of_status_has_its_verdict() -> None:
     """The event's id is what the app answers, at first."""
 
@@ -163,6 +170,28 @@ async def test_an_app_that_is_away_for_seconds_misses_nothing_and_is_not_flooded
     assert app.most_under_way <= MOST
     assert Counter(got.attempt for got in app.got) == {1: len(names)}
     assert Counter(got.id for got in app.got) == dict.fromkeys(names, 1)
+
+
+@pytest.mark.parametrize("ordering", ["key", "none"])
+async def test_while_one_app_is_down_its_events_go_to_the_sidecar_whose_app_is_up(
+    ordering: str,
+) -> None:
+    """Each sidecar pushes to the app beside it; only one of the two is there."""
+    down = HttpApp()
+    down.reserve()
+    names = [str(n) for n in range(200)]
+    with NatsServer() as server:
+        broker = f'ordering = "{ordering}"\n' + ON_A_SERVER.format(url=server.url)
+        async with HttpApp() as up, pushing(down, attempts=1, broker=broker) as first:
+            await publish(first, *names[:100])
+            # All of them are here, or at the broker, before there is another sidecar.
+            await until_open(first)
+            async with pushing(up, attempts=1, broker=broker) as second:
+                await publish(first, *names[100:])
+                await all_acked(second, len(names))
+
+    assert Counter(got.id for got in up.got) == dict.fromkeys(names, 1)
+    assert Counter(got.attempt for got in up.got) == {1: len(names)}
 
 
 async def test_a_stop_finishes_the_requests_under_way_and_begins_none() -> None:
