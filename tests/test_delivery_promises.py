@@ -300,7 +300,8 @@ async def test_a_poison_event_that_is_pushed_is_quarantined_too(
             events = [event(str(n), key=str(n % 3)) for n in range(60)]
             events.insert(30, event("poison", key="1", data=b"poison"))
             await client.publish_events(setting.topic, events)
-        await until(lambda: sum(line.startswith("done") for line in app.lines) >= 60)
+        # Each crash doubles the pause before the app is probed, and it may be one right after another.
+        await until(lambda: sum(line.startswith("done") for line in app.lines) >= 60, seconds=40)
         [letter] = await setting.letters(sidecar, 1)
         supervising.cancel()
         with contextlib.suppress(asyncio.CancelledError):
