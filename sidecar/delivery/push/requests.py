@@ -55,13 +55,13 @@ class Requests:
             headers = [("content-type", f"{JSON_TYPE}; charset=utf-8")]
         else:
             headers, body = to_http(event)
-            if event.headers:
-                headers = [one for one in headers if one[0] not in event.headers]
-        headers += [
-            (name, header_text(value, ascii_only=True))
-            for name, value in event.headers.items()
-            if _goes_along(name)
-        ]
+        if event.headers:
+            headers = [one for one in headers if one[0] not in event.headers]
+            headers += [
+                (name, header_text(value, ascii_only=True))
+                for name, value in event.headers.items()
+                if _goes_along(name)
+            ]
         headers.append(("sidecar-topic", delivery.topic))
         headers.append(("sidecar-attempt", str(delivery.attempt)))
         return self._fixed + header_lines(headers), body
