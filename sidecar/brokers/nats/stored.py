@@ -40,6 +40,9 @@ def event_of(
         return None, error.message
 
 
+_SECOND = 1_000_000_000
+
+
 class StoredEvents:
     """`Broker.read` and `Broker.delete` on streams."""
 
@@ -54,9 +57,18 @@ class StoredEvents:
             return None
         if "error" in info:
             raise self._refused(f"stream {stream!r} cannot be looked up", info)
-        state = info["state"]
+        state, config = info["state"], info["config"]
         end = state["last_seq"] + 1
-        return Log(pattern, None, stream, state["first_seq"] or end, end, info["created"])
+        return Log(
+            pattern,
+            None,
+            stream,
+            state["first_seq"] or end,
+            end,
+            info["created"],
+            may_have_gaps=config["retention"] != "limits",
+            duplicate_seconds=config.get("duplicate_window", 0) / _SECOND,
+        )
 
     async def read(self, log: Log, start: int, limit: int) -> list[StoredEvent]:
         start = max(start, log.first, 1)
