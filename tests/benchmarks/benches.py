@@ -154,3 +154,5 @@ BENCHES: tuple[Bench, ...] = (
 START_SECONDS = {EXTERNAL: 0.8, EMBEDDED: 2.0}
 IDLE_BYTES = 80e6
 LOADED_BYTES = 160e6
+USUAL_WINDOW = 1000
+"""The budget of memory is for subscriptions that hold some hundreds of events, as they do by default."""

@@ -208,8 +208,9 @@ def budgets(results: Sequence[Result], started: Sequence[Starts]) -> list[Row]:
                 met=idle <= benches.IDLE_BYTES,
             )
         )
-    if results:
-        most = max(results, key=rss)
+    usual = [result for result in results if result.bench.window <= benches.USUAL_WINDOW]
+    if usual:
+        most = max(usual, key=rss)
         rows.append(
             _row(
                 f"memory under load (most: {most.bench.name})",
