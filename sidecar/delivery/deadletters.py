@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from sidecar.errors import EventTooLarge
 from sidecar.event import NOTHING, Event, Receipt
 from sidecar.wire.timestamps import format_rfc3339, now_ns
 
@@ -11,6 +14,7 @@ if TYPE_CHECKING:
     from sidecar.broker import Incoming
     from sidecar.config import Subscription as Settings
     from sidecar.delivery.held import Held
+    from sidecar.event import Outcome
     from sidecar.publishing.publisher import Publisher
 
 PREFIX = "sidecar-dead-letter-"
@@ -19,6 +23,7 @@ OURS = (PREFIX, REDRIVE_PREFIX)
 """How the headers begin that say something of a dead letter, and nothing of the event."""
 MAX_ERROR_LENGTH = 1000
 MAX_RAW_BYTES = 512 * 1024
+"""Of what is no event, and too large for one, so much is kept."""
 
 
 class DeadLetters:
@@ -47,16 +52,22 @@ class DeadLetters:
         Storing the same one again, after a crash before its ack, gives no second copy: its broker
         id is made of the subscription and the position.
         """
-        incoming = held.incoming
-        topic = self._topic.replace("{topic}", incoming.topic)
         letter = self._letter(held, reason=reason, error=error)
+        outcome = await self._publish(held.incoming, letter)
+        if isinstance(outcome, EventTooLarge) and held.incoming.event is None:
+            # Bytes of somebody else's, larger than an event may be: their beginning is better
+            # than a partition that stands still for ever.
+            outcome = await self._publish(held.incoming, _cut(letter))
+        if not isinstance(outcome, Receipt):
+            raise outcome
+
+    async def _publish(self, incoming: Incoming, letter: Event) -> Outcome:
+        topic = self._topic.replace("{topic}", incoming.topic)
         broker_id = f"dead-letter/{self._settings.name}/{self._source_broker}/{_place(incoming)}"
         outcomes = await self._publisher.publish_to(
             self._broker, topic, [letter], broker_ids=[broker_id], label=self._topic
         )
-        outcome = outcomes[0]
-        if not isinstance(outcome, Receipt):
-            raise outcome
+        return outcomes[0]
 
     def _letter(self, held: Held, *, reason: str, error: str) -> Event:
         incoming = held.incoming
@@ -98,6 +109,13 @@ class DeadLetters:
         )
 
 
+def _cut(letter: Event) -> Event:
+    """With the beginning of its data, and a header that says how many bytes there were."""
+    data = letter.data or b""
+    headers = {**letter.headers, f"{PREFIX}cut-from-bytes": str(len(data))}
+    return msgspec.structs.replace(letter, data=data[:MAX_RAW_BYTES], headers=headers)
+
+
 def generation_of(event: Event) -> int:
     """How often an event was a dead letter before it was redriven to here."""
     text = event.headers.get(f"{REDRIVE_PREFIX}generation", "0")
@@ -127,7 +145,7 @@ def _undecodable(incoming: Incoming) -> Event:
         source=f"/{incoming.topic}",
         type="sidecar.undecodable",
         time_ns=now_ns(),
-        data=incoming.raw[:MAX_RAW_BYTES],
+        data=incoming.raw,
         content_type="application/octet-stream",
         extensions=NOTHING,
     )

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from sidecar.broker import Broker, Failures, Incoming, Interest, Source, Start
 from sidecar.brokers.memory import MemoryBroker
-from sidecar.config import Limits, Memory, Publishing, Route
+from sidecar.config import MIB, Limits, Memory, Publishing, Route
 from sidecar.delivery.hub import Hub
-from sidecar.errors import BrokerUnavailable, SidecarError
+from sidecar.errors import BrokerUnavailable, EventTooLarge, SidecarError
 from sidecar.event import Event, Outcome, Receipt, Settlement, Verdict
 from sidecar.publishing.publisher import Publisher
 from sidecar.publishing.routes import Routes
@@ -94,6 +94,19 @@ class Garbling(MemoryBroker):
 
     async def subscribe(self, interest: Interest) -> Source:
         return _GarblingSource(await super().subscribe(interest))
+
+
+class Small(MemoryBroker):
+    """A broker that takes nothing larger than a mebibyte."""
+
+    def publish(
+        self, topic: str, events: Sequence[Event], *, broker_ids: Sequence[str] | None = None
+    ) -> asyncio.Future[Sequence[Outcome]]:
+        if all(event.size <= MIB for event in events):
+            return super().publish(topic, events, broker_ids=broker_ids)
+        refused: asyncio.Future[Sequence[Outcome]] = asyncio.get_running_loop().create_future()
+        refused.set_result([EventTooLarge("more than a mebibyte") for _ in events])
+        return refused
 
 
 class _GarblingSource(Source):

@@ -19,6 +19,7 @@ from tests.delivery.stage import (
     Garbling,
     Moody,
     Parting,
+    Small,
     ids,
     memory,
     numbers,
@@ -354,6 +355,19 @@ async def test_what_is_no_event_is_a_dead_letter_with_its_bytes() -> None:
 
 
 # -- consumers
+
+
+async def test_what_is_no_event_and_too_large_for_one_is_kept_in_part_and_says_so() -> None:
+    broker, small = Garbling("memory", Memory(type="memory")), Small("small", Memory(type="memory"))
+    data = b"x" * (2 * 1024 * 1024)
+    async with running(broker, small) as sidecar:
+        await broker.publish("orders.new", [make("1", type="garbage", data=data)])
+        sidecar.app(sidecar.subscription(dead_letter={"broker": "small"}))
+        (letter,) = await stored(small, "dlq.orders.new", 1)
+
+    assert letter.event is not None
+    assert letter.event.data == data[: 512 * 1024]
+    assert letter.event.headers["sidecar-dead-letter-cut-from-bytes"] == str(len(data))
 
 
 async def test_what_a_clean_leaver_had_is_had_by_the_next_as_if_it_were_the_first() -> None:
