@@ -73,9 +73,10 @@ def _match(route: Route) -> str:
 def _subscription(subscription: Subscription) -> str:
     broker = f" at {subscription.broker}" if subscription.broker else ""
     attempts = subscription.retry.max_attempts
+    push = f", pushed to {subscription.push.url}" if subscription.push is not None else ""
     return (
         f"{subscription.topic}{broker}, ordering {subscription.ordering}, {attempts} attempts, "
-        f"lease {subscription.lease_seconds:g} s"
+        f"lease {subscription.lease_seconds:g} s{push}"
     )
 
 
