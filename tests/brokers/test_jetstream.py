@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import nats
 import pytest
 
@@ -702,6 +703,203 @@ async def test_a_position_names_its_stream_when_there_are_several(
         ("returns.created", 4),
         ("returns.created", 5),
     ]
+
+
+# -- order per key over several sidecars
+
+
+def ordered(**settings: Any) -> Interest:
+    return msgspec.structs.replace(interest("orders.created", **settings), ordered=True)
+
+
+class Standing:
+    """A sidecar's reading of one subscription in the background: all that it was handed, in order."""
+
+    def __init__(self, source: Source, *, ack: bool = True) -> None:
+        self.source = source
+        self.taken: list[str] = []
+        self.handles: list[Any] = []
+        self._ack = ack
+
+    async def read(self) -> None:
+        while True:
+            batch = await self.source.fetch(20)
+            self.taken += ids(batch)
+            self.handles += handles(batch)
+            if self._ack:
+                self.source.ack(handles(batch))
+
+
+@asynccontextmanager
+async def reading(*sources: Standing) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(source.read()) for source in sources]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def test_one_sidecar_has_all_events_and_the_others_stand_by(nats_server: NatsServer) -> None:
+    wanted = ordered()
+    async with broker_on(nats_server) as one, broker_on(nats_server) as other:
+        first = Standing(await one.subscribe(wanted))
+        second = Standing(await other.subscribe(wanted))
+        async with reading(first):
+            await publish(one, "orders.created", events(range(50)))
+            await until(lambda: len(first.taken) == 50)
+            async with reading(second):
+                await until(lambda: second.source.standby)
+                due = await second.source.due()
+                await publish(one, "orders.created", events(range(50, 200)))
+                await until(lambda: len(first.taken) == 200)
+
+    assert first.taken == numbers(200)
+    assert second.taken == []
+    assert due == 0
+    assert not first.source.standby
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("others", [1, 3])
+async def test_who_stands_by_takes_over_in_order_what_a_killed_sidecar_had(
+    nats_server: NatsServer, others: int
+) -> None:
+    """Long before its claims on 60 events end, and those come before the 100 that nobody had."""
+    wanted = ordered(max_in_flight=100)
+    async with AsyncExitStack() as stack:
+        one, *rest = [
+            await stack.enter_async_context(broker_on(nats_server)) for _ in range(others + 1)
+        ]
+        await publish(one, "orders.created", events(range(100)))
+        source = await one.subscribe(wanted)
+        taken = await take(source, 100)
+        # Out of order, as the keys of an app are done.
+        source.ack(handles(taken[:80:2]))
+        await until(partial(pending, nats_server, wanted, 60))
+        standing = [Standing(await other.subscribe(wanted), ack=False) for other in rest]
+        async with reading(*standing):
+            await until(lambda: all(stands.source.standby for stands in standing))
+            await publish(rest[0], "orders.created", events(range(100, 200)))
+            assert not any(stands.taken for stands in standing)
+            cut_off(one)
+            await until(lambda: any(len(stands.taken) >= 160 for stands in standing), seconds=15)
+    left = [*range(1, 80, 2), *range(80, 200)]
+
+    assert sorted(stands.taken for stands in standing) == [
+        *([] for _ in range(others - 1)),
+        [str(n) for n in left],
+    ]
+
+
+@pytest.mark.timeout(60)
+async def test_each_key_is_in_order_over_a_sidecar_that_is_killed_half_way(
+    nats_server: NatsServer,
+) -> None:
+    """
+    200 events of 10 keys; the first sidecar has acked some of each key when it dies.
+
+    What it had and did not ack is handed out once more, and before anything newer of its key.
+    """
+    wanted = ordered(max_in_flight=40)
+    batch = [event(str(n), key=str(n % 10)) for n in range(200)]
+    async with broker_on(nats_server) as one, broker_on(nats_server) as other:
+        await publish(one, "orders.created", batch)
+        source = await one.subscribe(wanted)
+        second = Standing(await other.subscribe(wanted))
+        async with reading(second):
+            handed = ids(await take(source, 60, ack=True))
+            out = await take(source, 40)
+            source.ack(handles(out[5:40:3]))
+            await until(partial(pending, nats_server, wanted, 28))
+            cut_off(one)
+            await until(lambda: "199" in second.taken, seconds=15)
+    acked = {int(n) for n in handed} | {int(n) for n in ids(out[5:40:3])}
+    again = [str(n) for n in range(200) if n not in acked]
+
+    assert handed + ids(out) == numbers(100)
+    assert second.taken == again
+
+
+async def pending(server: NatsServer, wanted: Interest, count: int) -> bool:
+    """So many events are out."""
+    info = await ask(server, f"CONSUMER.INFO.orders.{wanted.name}")
+    return int(info["num_ack_pending"]) == count
+
+
+def cut_off(broker: JetStreamBroker) -> None:
+    """As `kill -9` of its sidecar: no answer is sent any more, and the server sees the end."""
+    client = broker._connection._client
+    assert client is not None
+    client.options["allow_reconnect"] = False
+    client._transport._io_writer.transport.abort()
+
+
+@pytest.mark.timeout(60)
+async def test_a_sidecar_that_leaves_gives_back_all_in_order_at_its_end(
+    nats_server: NatsServer,
+) -> None:
+    """Also what was still out when it stopped: nobody gets what is behind that before."""
+    wanted = ordered(max_in_flight=100)
+    async with broker_on(nats_server) as one, broker_on(nats_server) as other:
+        await publish(one, "orders.created", events(range(200)))
+        source = await one.subscribe(wanted)
+        taken = await take(source, 100)
+        second = Standing(await other.subscribe(wanted), ack=False)
+        async with reading(second):
+            await until(lambda: second.source.standby)
+            await source.stop(handles(taken[20:]))
+            source.ack(handles(taken[:10]))
+            source.hold(handles(taken[10:20]))
+            await until(partial(pending, nats_server, wanted, 90))
+            assert second.taken == []
+            source.release(handles(taken[10:20]))
+            await source.close()
+            await until(lambda: len(second.taken) >= 190, seconds=5)
+
+    assert second.taken == numbers(190, first=10)
+
+
+async def test_a_consumer_that_was_dealt_out_is_changed_and_back(nats_server: NatsServer) -> None:
+    """In place: it goes on where it was."""
+    shared = interest("orders.created")
+    pinned = msgspec.structs.replace(shared, ordered=True)
+    async with broker_on(nats_server) as broker:
+        await publish(broker, "orders.created", events(range(30)))
+        policies = []
+        found: list[str] = []
+        for wanted in (shared, pinned, shared):
+            source = await broker.subscribe(wanted)
+            info = await ask(nats_server, f"CONSUMER.INFO.orders.{wanted.name}")
+            policies.append(info["config"].get("priority_policy"))
+            found += ids(await take(source, 10, ack=True))
+            await source.close()
+
+    assert policies == [None, "pinned_client", None]
+    assert found == numbers(30)
+
+
+async def test_a_pinned_subscription_goes_on_over_a_restart_of_the_server(
+    nats_server: NatsServer,
+) -> None:
+    """The server forgot who had it."""
+    async with broker_on(nats_server) as broker:
+        await publish(broker, "orders.created", events(range(10)))
+        source = await broker.subscribe(ordered())
+        before = await take(source, 10, ack=True)
+        nats_server.kill()
+        await until(lambda: not broker._connection.live)
+        nats_server.start()
+        await until(lambda: broker._connection.live)
+        await publish(broker, "orders.created", events(range(10, 20)))
+        after: list[str] = []
+        async with asyncio.timeout(20):
+            while "19" not in after:
+                after += ids(await source.fetch(20))
+
+    assert ids(before) == numbers(10)
+    assert [id_ for id_ in after if int(id_) >= 10] == numbers(10, first=10)
 
 
 # -- what is stored

@@ -38,6 +38,7 @@ timeout_seconds = 60
 name = "drill"
 topic = "drill.>"
 max_in_flight = 1000
+ordering = "{ordering}"
 """
 
 
@@ -47,6 +48,8 @@ class Report:
 
     stage: Stage
     disturbed_at: float | None
+    over_all: bool
+    """Order is judged over all sidecars together, whenever an event came, but for those that came again."""
 
     def __post_init__(self) -> None:
         deliveries = [e for e in self.stage.journal.entries if isinstance(e, Delivered)]
@@ -56,6 +59,9 @@ class Report:
         self.again = sum(count - 1 for count in counts.values())
         late_from = math.inf if self.disturbed_at is None else self.disturbed_at + LATE_SECONDS
         self.late = sum(delivery.at >= late_from for delivery in deliveries)
+        if self.over_all:
+            self.disorder = {"all": _overtaken(deliveries)}
+            return
         self.disorder = {
             name: _disorder((d for d in deliveries if d.life.sidecar == name), late_from)
             for name in self.stage.sidecars
@@ -103,25 +109,45 @@ def _disorder(deliveries: Iterable[Delivered], late_from: float) -> int:
     return wrong
 
 
-class Drill:
-    """One run: a server, two sidecars, a publisher on the first, a consumer on each."""
+def _overtaken(deliveries: Iterable[Delivered]) -> int:
+    """Events that were handed out for the first time behind a later one of their key."""
+    newest: dict[int, int] = defaultdict(lambda: -1)
+    seen: set[int] = set()
+    wrong = 0
+    for delivery in deliveries:
+        number, key = delivery.event, key_of(delivery.event)
+        wrong += number < newest[key] and number not in seen
+        seen.add(number)
+        newest[key] = max(newest[key], number)
+    return wrong
 
-    def __init__(self, server: NatsServer, stage: Stage) -> None:
+
+class Drill:
+    """One run: a server, two sidecars with a consumer each, and a third through which is published."""
+
+    def __init__(self, server: NatsServer, stage: Stage, *, over_all: bool) -> None:
         self.server = server
         self.stage = stage
+        self.over_all = over_all
         self.disturbed_at: float | None = None
 
     async def run(
         self, disturb: Callable[[Drill], Coroutine[None, None, None]] | None = None
     ) -> Report:
         stage = self.stage
-        async with asyncio.timeout(LIMIT_SECONDS), acting(stage, *stage.sidecars):
+        async with asyncio.timeout(LIMIT_SECONDS), acting(stage, "a", "b"):
             async with asyncio.TaskGroup() as tasks:
                 if disturb is not None:
                     tasks.create_task(disturb(self))
                 await stage.publish(stage.batches)
             await stage.quiet(QUIET_SECONDS if disturb else 2.0, given_up_after=GIVEN_UP_SECONDS)
-        return Report(stage, self.disturbed_at)
+        return Report(stage, self.disturbed_at, self.over_all)
+
+    @property
+    def busier(self) -> str:
+        """The sidecar that was given more; with one at a time, the one that has the feed."""
+        by_sidecar = self.stage.journal.by_sidecar
+        return max("ab", key=lambda name: by_sidecar[name])
 
     async def half(self) -> None:
         """Wait until half of the events are published."""
@@ -130,47 +156,81 @@ class Drill:
 
 
 @contextlib.asynccontextmanager
-async def _drill(events: int) -> AsyncIterator[Drill]:
+async def _drill(events: int, ordering: str) -> AsyncIterator[Drill]:
     with NatsServer() as server:
-        config = CONFIG.format(url=server.url)
-        with SidecarProcess(config) as a, SidecarProcess(config) as b:
-            yield Drill(server, Stage({"a": a, "b": b}, events))
+        config = CONFIG.format(url=server.url, ordering=ordering)
+        with (
+            SidecarProcess(config) as publishing,
+            SidecarProcess(config) as a,
+            SidecarProcess(config) as b,
+        ):
+            stage = Stage({"publishing": publishing, "a": a, "b": b}, events)
+            yield Drill(server, stage, over_all=ordering == "key")
 
 
-async def undisturbed(events: int) -> Report:
-    """nothing happens: every id exactly once, order per key right"""
-    async with _drill(events) as drill:
+async def _undisturbed(events: int, ordering: str) -> Report:
+    async with _drill(events, ordering) as drill:
         return await drill.run()
 
 
-async def server_stopped(events: int) -> Report:
-    """nats-server is stopped for 5 s in the middle"""
-
+async def _server_stopped(events: int, ordering: str) -> Report:
     async def disturb(drill: Drill) -> None:
         await drill.half()
         await asyncio.to_thread(drill.server.stop)
         await asyncio.sleep(5)
         await asyncio.to_thread(drill.server.start)
 
-    async with _drill(events) as drill:
+    async with _drill(events, ordering) as drill:
         return await drill.run(disturb)
+
+
+async def _sidecar_killed(events: int, ordering: str) -> Report:
+    async def disturb(drill: Drill) -> None:
+        await drill.half()
+        killed = drill.busier
+        await drill.stage.kill(killed)
+        await asyncio.sleep(2)
+        await drill.stage.start(killed)
+
+    async with _drill(events, ordering) as drill:
+        return await drill.run(disturb)
+
+
+async def undisturbed(events: int) -> Report:
+    """nothing happens, events are dealt out: every id exactly once, order per key right in each sidecar"""
+    return await _undisturbed(events, "key_per_replica")
+
+
+async def server_stopped(events: int) -> Report:
+    """events are dealt out, nats-server is stopped for 5 s in the middle"""
+    return await _server_stopped(events, "key_per_replica")
 
 
 async def sidecar_killed(events: int) -> Report:
-    """kill -9 of the consuming sidecar b in the middle; it is started again"""
+    """events are dealt out, kill -9 of a consuming sidecar in the middle; it is started again"""
+    return await _sidecar_killed(events, "key_per_replica")
 
-    async def disturb(drill: Drill) -> None:
-        await drill.half()
-        await drill.stage.kill("b")
-        await asyncio.sleep(2)
-        await drill.stage.start("b")
 
-    async with _drill(events) as drill:
-        return await drill.run(disturb)
+async def ordered_undisturbed(events: int) -> Report:
+    """one sidecar at a time, nothing happens: every id exactly once, order per key right over both"""
+    return await _undisturbed(events, "key")
+
+
+async def ordered_server_stopped(events: int) -> Report:
+    """one sidecar at a time, nats-server is stopped for 5 s in the middle"""
+    return await _server_stopped(events, "key")
+
+
+async def ordered_sidecar_killed(events: int) -> Report:
+    """one sidecar at a time, and kill -9 of that one in the middle; it is started again"""
+    return await _sidecar_killed(events, "key")
 
 
 SCENARIOS: dict[str, Callable[[int], Coroutine[None, None, Report]]] = {
     "undisturbed": undisturbed,
     "server_stopped": server_stopped,
     "sidecar_killed": sidecar_killed,
+    "ordered_undisturbed": ordered_undisturbed,
+    "ordered_server_stopped": ordered_server_stopped,
+    "ordered_sidecar_killed": ordered_sidecar_killed,
 }

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
+
 from sidecar.broker import Broker, Capabilities, Interest, Log, Source, Start, StoredEvent
 from sidecar.brokers.nats.attempts import Attempts
 from sidecar.brokers.nats.connection import Connection
+from sidecar.brokers.nats.pins import (
+    POLICY,
+    TAKE_OVER_ACK_WAIT_NS,
+    Pin,
+    pinned_config,
+    unpinned_config,
+)
 from sidecar.brokers.nats.publisher import ANSWER_SECONDS, StreamPublisher
 from sidecar.brokers.nats.source import Feed, StreamSource
 from sidecar.brokers.nats.stored import StoredEvents
@@ -209,7 +218,7 @@ class JetStreamBroker(Broker):
         streams = await self._streams_of(interest.topic)
         await self._attempts.make()
         feeds = [await self._feed(stream, interest) for stream in streams]
-        later = Interest(interest.name, interest.topic, interest.max_in_flight)
+        later = msgspec.structs.replace(interest, start=Start())
 
         async def more(known: Collection[str]) -> list[Feed]:
             # A stream that was made after the subscription: all that it has is new.
@@ -249,15 +258,50 @@ class JetStreamBroker(Broker):
                     broker=self.name,
                     subscription=name,
                 )
-        return Feed(stream, name, info["created"], there["ack_wait"] / _SECOND)
+        there = await self._agree(stream, interest, there)
+        ack_wait = there["ack_wait"] / _SECOND
+        pin = Pin(self._connection, stream, name, ack_wait) if interest.ordered else None
+        return Feed(stream, name, info["created"], ack_wait, pin)
 
-    async def _create_consumer(self, stream: str, interest: Interest) -> dict[str, Any]:
+    async def _agree(
+        self, stream: str, interest: Interest, there: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The configuration of its consumer, changed where it is dealt out in another way."""
+        wanted = unpinned_config(there)
+        if interest.ordered:
+            wanted |= pinned_config()
+        if there["ack_wait"] == TAKE_OVER_ACK_WAIT_NS:  # a sidecar died while it took over
+            wanted["ack_wait"] = int(self._settings.ack_wait_seconds * _SECOND)
+        if wanted == there:
+            return there
+        answer = await self._create_consumer(stream, interest, update=wanted)
+        if "error" in answer:
+            other = "key_per_replica" if interest.ordered else "key"
+            raise self._refused(
+                f"consumer {interest.name!r} of stream {stream!r} cannot be changed: delete it, or "
+                f'set ordering = "{other}"',
+                answer,
+            )
+        config: dict[str, Any] = answer["config"]
+        if interest.ordered and config.get("priority_policy") != POLICY:
+            raise BrokerRefused(
+                f'subscription {interest.name!r} has ordering = "key", over all sidecars, which '
+                'needs nats-server 2.11 or later: set ordering = "key_per_replica", which keeps the '
+                "order within each",
+                broker=self.name,
+                subscription=interest.name,
+            )
+        return config
+
+    async def _create_consumer(
+        self, stream: str, interest: Interest, *, update: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         return await self._call(
             f"CONSUMER.DURABLE.CREATE.{stream}.{interest.name}",
             {
                 "stream_name": stream,
-                "config": self._consumer_config(interest),
-                "action": "create",
+                "config": update or self._consumer_config(interest),
+                "action": "update" if update else "create",
             },
         )
 
@@ -275,6 +319,8 @@ class JetStreamBroker(Broker):
             "replay_policy": "instant",
             "deliver_policy": "new" if start.latest else "all",
         }
+        if interest.ordered:
+            config |= pinned_config()
         if start.position is not None:
             config |= {
                 "deliver_policy": "by_start_sequence",
@@ -302,7 +348,7 @@ class JetStreamBroker(Broker):
                         subscription=interest.name,
                     )
                 streams = [to.position.stream]
-        moved = Interest(interest.name, interest.topic, interest.max_in_flight, to)
+        moved = msgspec.structs.replace(interest, start=to)
         for stream in streams:
             await self._move(stream, moved)
 

@@ -43,7 +43,7 @@ class Slot:
 class Asked:
     """What is asked of one consumer."""
 
-    __slots__ = ("careful", "large", "slots")
+    __slots__ = ("careful", "large", "most", "slots")
 
     def __init__(self, slots: list[Slot]) -> None:
         self.slots = slots
@@ -55,6 +55,9 @@ class Asked:
         """
         self.large = False
         """The next event does not fit in a request: it is asked for alone."""
+
+        self.most: int | None = None
+        """Be owed no more events than this; None: as many as there is room for."""
 
     @property
     def events(self) -> int:
@@ -122,6 +125,8 @@ class Pulls:
         free -= sum(slot.bytes for asked in self._all for slot in asked.slots)
         for index, asked in enumerate(self._all):
             left = max(share + (index < rest), 0 if asked.events else least)
+            if asked.most is not None:
+                left = min(left, asked.most - asked.events)
             for slot in asked.slots:
                 if slot.events:
                     if slot is self._alone:

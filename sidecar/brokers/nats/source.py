@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from sidecar.broker import NO_FAILURES, Failures, Incoming, Interest, Source
+from sidecar.brokers.nats.pins import GROUP, LOOK_SECONDS, Frame, Pin, place_of, split_header
 from sidecar.brokers.nats.pulls import Asked, Pulls, Slot
 from sidecar.brokers.nats.stored import event_of
 from sidecar.errors import (
@@ -52,8 +53,6 @@ _V1_TOKENS = 9
 """Tokens of `$JS.ACK.<stream>.<consumer>.…`; since v2 a domain and an account hash come first."""
 
 
-Frame = tuple[int, bytes, bytes, "bytes | None", bytes]
-"""An event: all its bytes; its topic, where to answer, its header block, its payload."""
 More = Callable[[Collection[str]], Awaitable[Sequence["Feed"]]]
 """Feeds of the streams that a subscription touches, other than the named ones."""
 
@@ -61,10 +60,17 @@ More = Callable[[Collection[str]], Awaitable[Sequence["Feed"]]]
 class Feed:
     """One consumer of one stream, and what was asked of it."""
 
-    __slots__ = ("ack_wait", "asked", "consumer", "created", "life", "stream", "subject")
+    __slots__ = ("ack_wait", "asked", "consumer", "created", "life", "pin", "stream", "subject")
 
-    def __init__(self, stream: str, consumer: str, created: str, ack_wait: float) -> None:
-        """*created* tells this consumer from a later one of its name; *ack_wait* is in seconds."""
+    def __init__(
+        self, stream: str, consumer: str, created: str, ack_wait: float, pin: Pin | None
+    ) -> None:
+        """
+        *created* tells this consumer from a later one of its name; *ack_wait* is in seconds.
+
+        Without a *pin* its events are dealt out to all sidecars.
+        """
+        self.pin = pin
         self.stream = stream
         self.consumer = consumer
         self.created = created
@@ -118,6 +124,8 @@ class StreamSource(Source):
         self._last_heard = 0.0
         self._doubtful = True
         """Whether our consumers are still there, and all of them, is to be looked up."""
+        self._kept: list[Hashable] | None = None
+        """Since it was stopped: to be given back at the end, all together and in order."""
         self._inbox = connection.new_inbox()
         self._keys: list[str] = []
 
@@ -133,6 +141,8 @@ class StreamSource(Source):
             # handles of the old consumer mean other events to a new one of its name.
             f"{_ADVISORY}.CONSUMER.DELETED.*.{name}": self._on_consumer_deleted,
         }
+        if self._interest.ordered:
+            subjects[f"{_ADVISORY}.CONSUMER.UNPINNED.*.{name}"] = self._on_unpinned
         if self._more is not None:
             subjects[f"{_ADVISORY}.STREAM.CREATED.*"] = self._on_stream_created
         try:
@@ -198,14 +208,38 @@ class StreamSource(Source):
         while True:
             if self._lost is not None:
                 raise self._lost
+            if any(feed.pin is not None and not feed.pin.settled for feed in self._feeds):
+                await self._see_to_pins()
             if self._buffer:
                 return
             if self._doubtful and self._connection.live:
                 await self._look()
                 continue
             self._ask(limit)
-            if not await self._arrival(2 * HEARTBEAT_SECONDS):
+            contends = any(feed.pin and not feed.pin.settled for feed in self._feeds)
+            if not await self._arrival(LOOK_SECONDS if contends else 2 * HEARTBEAT_SECONDS):
                 self._check_silence(loop.time())
+
+    async def _see_to_pins(self) -> None:
+        """Take over what has come to be ours, and look after what is not."""
+        try:
+            for feed in self._feeds:
+                pin = feed.pin
+                if pin is None or not self._connection.live:
+                    continue
+                if pin.unsure and await pin.is_anothers():
+                    self._lose(
+                        f"another sidecar has the events of subscription {self._interest.name!r}"
+                    )
+                    return
+                if pin.taking_over:
+                    feed.asked.careful = True
+                    for frame in await pin.take_over():
+                        self._put(frame)
+                elif not pin.settled:
+                    await pin.contend(asyncio.get_running_loop().time())
+        except BrokerUnavailable:
+            await self._arrival(LOOK_PAUSE_SECONDS)
 
     async def _with_attempts(self, incoming: Sequence[Incoming]) -> list[Incoming]:
         """
@@ -249,8 +283,11 @@ class StreamSource(Source):
         room -= len(self._buffer) + self._pulls.owed
         now = asyncio.get_running_loop().time()
         frames = []
+        for feed in self._feeds:
+            if feed.pin is not None:
+                feed.asked.most = feed.pin.most
         for pull in self._pulls.wanted(room, self._buffered_bytes, now):
-            request = {
+            request: dict[str, object] = {
                 "batch": pull.events,
                 "expires": pull.seconds * 1_000_000_000,
                 # The server takes half the time of the request at most.
@@ -258,8 +295,12 @@ class StreamSource(Source):
             }
             if pull.max_bytes:
                 request["max_bytes"] = pull.max_bytes
-            body = json.dumps(request)
             (feed,) = (feed for feed in self._feeds if feed.asked is pull.asked)
+            if feed.pin is not None:
+                request |= {"group": GROUP} | ({"id": feed.pin.id} if feed.pin.id else {})
+                if not feed.pin.id:  # should another be the first, it is not to stay open
+                    request |= {"expires": 5_000_000_000, "idle_heartbeat": 2_000_000_000}
+            body = json.dumps(request)
             reply = f"{self._inbox}.{pull.slot.number}.{pull.slot.serial}"
             frames.append(f"PUB {feed.subject} {reply} {len(body)}\r\n{body}\r\n")
         if frames:
@@ -275,10 +316,17 @@ class StreamSource(Source):
     ) -> None:
         feed, slot = pulled
         if reply.startswith(b"$JS.ACK."):
+            pin = ""
+            if feed.pin is not None:
+                pin, headers = split_header(headers)
             # As the server counts them.
             size = len(subject) + len(reply) + len(data) + (len(headers) if headers else 0)
-            self._buffer.append((size, subject, reply, headers, data))
-            self._buffered_bytes += size
+            frame = size, subject, reply, headers, data
+            if feed.pin is None:
+                self._put(frame)
+            else:
+                for ready in feed.pin.came(pin, frame, again=_again(reply)):
+                    self._put(ready)
             if feed.asked.careful and not _again(reply):  # the others are delivered first
                 feed.asked.careful = False
             self._pulls.arrived(slot, size)
@@ -288,13 +336,21 @@ class StreamSource(Source):
         if headers is not None and int(subject.rpartition(b".")[2]) == slot.serial:
             self._on_status(feed, slot, headers)
 
+    def _put(self, frame: Frame) -> None:
+        self._buffer.append(frame)
+        self._buffered_bytes += frame[0]
+
     def _on_status(self, feed: Feed, slot: Slot, headers: bytes) -> None:
         """A pull ended: it expired, or its consumer did something. "100" only says it lives."""
         status = headers[9:12]
         if status == b"100":
             return
         why = headers[13 : headers.find(b"\r")].decode(errors="replace")
-        if b"\r\nnats-pending-messages:" in headers.lower():
+        if status == b"423" and feed.pin is not None:  # another has it, or the server forgot
+            self._pulls.end_all(feed.asked)
+            feed.pin.unsure = bool(feed.pin.id)
+            self._arrived.set()
+        elif b"\r\nnats-pending-messages:" in headers.lower():
             self._pulls.ended(feed.asked, slot, too_large=why == _TOO_LARGE)
             self._arrived.set()
         elif status == b"503":  # it has no leader right now, or is gone
@@ -324,6 +380,14 @@ class StreamSource(Source):
     ) -> None:
         if subject.split(b".")[-2] in self._by_stream:
             self._lose(f"the consumer of subscription {self._interest.name!r} was deleted or moved")
+
+    def _on_unpinned(
+        self, subject: bytes, _reply: bytes, _headers: bytes | None, _data: bytes
+    ) -> None:
+        feed = self._by_stream.get(subject.split(b".")[-2])
+        if feed is not None and feed.pin is not None and not feed.pin.id:
+            feed.pin.look()
+            self._arrived.set()
 
     def _on_stream_created(
         self, _subject: bytes, _reply: bytes, _headers: bytes | None, _data: bytes
@@ -423,9 +487,14 @@ class StreamSource(Source):
         return recorded
 
     def release(self, handles: Sequence[Hashable]) -> None:
+        if self._kept is not None:
+            self._kept.extend(handles)
+            return
         now = list(handles)
         for feed in self._feeds:
             feed.asked.careful = True
+            if feed.pin is not None:
+                feed.pin.released()
         if self._attempts.waiting:
             # Whoever gets an event next is to see how often it failed.
             keys = {handle: self._key_of(_place_of(handle)) for handle in handles}
@@ -441,8 +510,11 @@ class StreamSource(Source):
 
     def hold(self, handles: Sequence[Hashable]) -> None:
         if self._connection.live:
+            pins = [feed.pin for feed in self._feeds if feed.pin is not None]
+            early = [frame[2] for pin in pins for frame in pin.early.values()]
             # What nobody fetched yet would be handed to others as well.
-            self._answer([*handles, *(frame[2] for frame in self._buffer)], b"+WPI")
+            unfetched = (frame[2] for frame in self._buffer)
+            self._answer([*handles, *unfetched, *early, *(self._kept or ())], b"+WPI")
 
     def _answer(self, handles: Sequence[Hashable], verb: bytes) -> None:
         # Handles are the reply subjects that came with the events.
@@ -490,6 +562,14 @@ class StreamSource(Source):
             lag += info["num_pending"]
         return lag
 
+    @property
+    def standby(self) -> bool:
+        pins = [feed.pin for feed in self._feeds]
+        return bool(pins) and all(pin is not None and pin.standby for pin in pins)
+
+    async def due(self) -> int | None:
+        return 0 if self.standby else await self.lag()
+
     async def stop(self, give_back: Sequence[Hashable]) -> None:
         keys, self._keys = self._keys, []
         if keys:
@@ -501,6 +581,16 @@ class StreamSource(Source):
         left = [*give_back, *(frame[2] for frame in self._buffer)]
         self._buffer.clear()
         self._buffered_bytes = 0
+        if self._interest.ordered:
+            # Non-obvious: another sidecar would get these before what is still out at the app, and
+            # so would the next start. While the consumer is ours nobody waits for them.
+            pins = [feed.pin for feed in self._feeds if feed.pin is not None]
+            early = [frame[2] for pin in pins for frame in pin.early.values()]
+            self._kept = [*(self._kept or ()), *left, *early]
+            return
+        await self._give_back(left)
+
+    async def _give_back(self, left: Sequence[Hashable]) -> None:
         try:
             if left:
                 await self._end_pulls(left[0])
@@ -529,15 +619,18 @@ class StreamSource(Source):
         self._lose("closed")
         await self.stop(())
         await self._attempts.stored(_CLOSE_SECONDS)
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            await self._give_back(sorted(set(kept), key=_place_of))
+            for feed in self._feeds:
+                if feed.pin is not None:
+                    await feed.pin.close()
         await connection.flushed(_CLOSE_SECONDS)
 
 
 def _place_of(handle: Hashable) -> tuple[str, int]:
-    """Stream and sequence, from the reply subject of an event."""
     assert isinstance(handle, bytes)
-    tokens = handle.split(b".")
-    first = 2 if len(tokens) == _V1_TOKENS else 4
-    return tokens[first].decode(), int(tokens[first + 3])
+    return place_of(handle)
 
 
 def _again(handle: bytes) -> bool:
