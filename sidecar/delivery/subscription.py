@@ -91,6 +91,7 @@ class Subscription:
             token_prefix=self.token_prefix,
             max_bytes=settings.max_in_flight_bytes,
             distinct=settings.duplicate_window_seconds > 0,
+            suspect_from=max(1, settings.retry.max_crashes - 1),
         )
         self.consumers: list[Consumer] = []
         self.reestablished = 0

@@ -37,9 +37,9 @@ class Window:
     done frees its lane, so the first bound may be exceeded then; nothing is fetched until it holds.
     The bound in bytes knows no such exception.
 
-    *Suspects* are events that the app had in its hands when it crashed. Only one of them is ready
-    or out at a time: so the next crash tells which one it was, and those that were only near it
-    are not counted as crashes again.
+    *Suspects* are events that the app had in its hands so often when it crashed that the next time
+    is the last. Only one of them is ready or out at a time: so the next crash tells which one it
+    was, and those that were only near it are not given up with it.
 
     With *distinct*, events of one source and id share a lane, unless they have that of their key:
     so that a copy is not handed over before it is known what became of the first.
@@ -53,9 +53,12 @@ class Window:
         token_prefix: str,
         max_bytes: int = 1 << 62,
         distinct: bool = False,
+        suspect_from: int = 1,
     ) -> None:
+        """*suspect_from*: so many crashes make an event a suspect."""
         self._ordered = ordered
         self._distinct = distinct
+        self._suspect_from = suspect_from
         self._max = max_in_flight
         self._max_bytes = max_bytes
         self._prefix = token_prefix
@@ -277,7 +280,7 @@ class Window:
         self._make_ready(held, first=True)
 
     def crashed(self, held: Held) -> None:
-        """The app crashed with it in its hands: it is a suspect from now on."""
+        """The app crashed with it in its hands: too often, and it is a suspect from now on."""
         held.crashes += 1
 
     def bury(self, held: Held) -> None:
@@ -395,7 +398,7 @@ class Window:
     def _make_ready(self, held: Held, *, first: bool = False) -> None:
         held.state = State.READY
         line = self._ready
-        if held.crashes:
+        if held.crashes >= self._suspect_from:
             if self._suspect is None:
                 self._suspect = held
             else:

@@ -87,7 +87,7 @@ async def test_what_was_near_a_poison_event_is_not_taken_for_one() -> None:
 async def test_suspects_are_handed_over_one_at_a_time_and_others_beside_them() -> None:
     async with running() as sidecar:
         await sidecar.publish("orders.new", *[make(n, key=n) for n in numbers(0, 3)])
-        app = sidecar.app(sidecar.subscription(retry=AT_ONCE))
+        app = sidecar.app(sidecar.subscription(retry={"max_crashes": 2, **AT_ONCE}))
         await app.take(3)
         app = crash(app)
         first = await app.one()
@@ -99,6 +99,19 @@ async def test_suspects_are_handed_over_one_at_a_time_and_others_beside_them() -
     assert {first.event.id, second.event.id} < {"0", "1", "2"}
     assert (first.attempt, fresh.event.id, second.attempt) == (2, "fresh", 2)
     assert app.given == 3
+
+
+async def test_after_one_crash_of_three_all_come_again_at_once() -> None:
+    """As after a deployment that did not wait: to go on one by one would be slow, and for nothing."""
+    async with running() as sidecar:
+        await sidecar.publish("orders.new", *[make(n, key=n) for n in numbers(0, 50)])
+        app = sidecar.app(sidecar.subscription(retry=AT_ONCE))
+        await app.take(50)
+        app = crash(app)
+        again = await app.take(50)
+
+    assert sorted(ids(again), key=int) == numbers(0, 50)
+    assert {delivery.attempt for delivery in again} == {2}
 
 
 async def test_what_did_not_reach_the_app_is_uncounted_and_first_again() -> None:
