@@ -403,6 +403,9 @@ class StreamSource(Source):
         """No event and no heartbeat though we asked: the server forgot us, so ask anew."""
         if not self._connection.live or not self._feeds:
             return
+        if not self._pulls.owed:  # as one that stands by, which asks for nothing
+            self._last_heard = now
+            return
         if now - self._last_heard >= 2 * HEARTBEAT_SECONDS:
             log.warning("subscription %s: no sign of its pulls, asking again", self._interest.name)
             self._doubt()
