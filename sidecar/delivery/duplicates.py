@@ -26,6 +26,11 @@ class Duplicates:
         self._old: dict[tuple[str, str], float] = {}
         self._since = 0.0
 
+    def forget(self) -> None:
+        """The subscription was moved: what comes again is meant."""
+        self._new.clear()
+        self._old.clear()
+
     def acked(self, event: Event, now: float) -> None:
         """*now* in seconds of any clock that only rises, the same for all calls."""
         if now - self._since > self._seconds or len(self._new) >= MOST:

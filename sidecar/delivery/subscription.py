@@ -388,6 +388,8 @@ class Subscription:
         """The source is gone: handles mean nothing any more, and what was out will come again."""
         self._acks.clear()
         self.window.clear()
+        if self._duplicates is not None:
+            self._duplicates.forget()
 
     def _leaving(self, identities: Sequence[Hashable]) -> asyncio.Future[None] | None:
         """Another sidecar is to have these: the app may settle what it has of them, for a moment."""
@@ -714,6 +716,8 @@ class Subscription:
         # Its source ends by itself, but not before the next fetch, which a full window puts off.
         self._acks.clear()
         held = self.window.clear()
+        if self._duplicates is not None:
+            self._duplicates.forget()
         if self._source is not None:
             self._source.release(handles(held))
         self._last_used = asyncio.get_running_loop().time()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sidecar.broker import Start
 from sidecar.event import Verdict
 from sidecar.wire.timestamps import format_rfc3339, now_ns
 from tests.delivery.stage import AT_ONCE, App, ids, memory, numbers, running, stored
@@ -253,6 +254,18 @@ async def test_a_copy_waits_until_it_is_known_what_became_of_the_first() -> None
     assert again.topic == first.topic
     assert copy.topic != second.topic
     assert sidecar.heard.skips == {"duplicate": 1}
+
+
+async def test_what_a_move_brings_again_is_meant() -> None:
+    async with running() as sidecar:
+        app = sidecar.app(sidecar.subscription(duplicate_window_seconds=60))
+        await sidecar.publish("orders.new", make("1"))
+        app.ack(await app.one())
+        await app.subscription.seek(Start())
+        again = await app.one()
+
+    assert (again.event.id, again.attempt) == ("1", 1)
+    assert sidecar.heard.skips == {}
 
 
 async def test_without_a_window_every_copy_is_handed_over() -> None:
