@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Protocol
 
 from tests.drills import (
+    chaos,
     dead_letters,
     failing_key,
     kafka,
@@ -28,6 +29,7 @@ class Report(Protocol):
 
 
 SCENARIOS: Mapping[str, Callable[[int], Coroutine[None, None, Report]]] = {
+    **chaos.SCENARIOS,
     **shared_subscription.SCENARIOS,
     **kafka.SCENARIOS,
     **failing_key.SCENARIOS,
@@ -36,6 +38,7 @@ SCENARIOS: Mapping[str, Callable[[int], Coroutine[None, None, Report]]] = {
     **dead_letters.SCENARIOS,
 }
 EVENTS = {
+    **dict.fromkeys(chaos.SCENARIOS, chaos.EVENTS),
     **dict.fromkeys(shared_subscription.SCENARIOS, shared_subscription.EVENTS),
     **dict.fromkeys(kafka.SCENARIOS, kafka.EVENTS),
     **dict.fromkeys(failing_key.SCENARIOS, failing_key.EVENTS),
